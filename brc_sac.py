@@ -1,0 +1,1295 @@
+"""BRC on SAC: one large, regularised, categorical value network trained on many continuous-control tasks online.
+
+"Bigger, Regularized, Categorical: High-Capacity Value Functions are Efficient Multi-Task Learners", arXiv 2505.23150.
+SAC + two BroNet critics with categorical cross-entropy TD + learned task embeddings + per-task return normalisation.
+
+    python brc_sac.py --suite demo                          five MetaWorld tasks on a laptop's CPU, minutes
+    python brc_sac.py --suite mw --width 4096               MetaWorld-50 as in the paper (one GPU)
+    python brc_sac.py --suite mw --split pretrain           the 45 tasks that transfer.py starts from
+    python brc_sac.py --tasks ball_in_cup-catch             single-task mode: batch 256, no task embedding
+    python brc_sac.py --tasks walker-run reach hopper-hop   any mix of tasks; observations and actions are padded
+    python brc_sac.py --suite demo --total-steps 300 --learning-starts 100 --eval-episodes 1     CPU smoke test
+    python brc_sac.py --resume runs/<run>                   go on after a crash or a kill
+
+Sections, in reading order:
+    arguments           every hyper-parameter, with its source
+    networks            BroNet, Critic, Actor, TaskEmbedding
+    return normaliser   one reward scale per task
+    replay buffer       one ring per task, every observation stored once
+    update              the categorical projection, the three losses, and the six steps of one update
+    evaluation          deterministic episodes in environments of their own
+    logging             metrics.csv, TensorBoard, W&B
+    checkpoint          one function writes it, one reads it
+    training loop       act, update, step, store, log
+
+Shapes: B batch, E ensemble, K atoms, N tasks, O observation, A action, H width.
+"""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+import suites
+
+# ------------------------------------------------------------------------------------------------------- arguments
+
+
+@dataclass(frozen=True)
+class Args:
+    """Train BRC (SAC) on many continuous-control tasks with one network."""
+
+    suite: str = "mw"
+    """Task collection: mw, dmc-dogs, dmc-humanoids, hb-medium, hb-hard, sh, mw-dmc or demo."""
+    tasks: tuple[str, ...] | None = None
+    """Task names, in place of --suite's; any names the suites know. One task = single-task mode."""
+    split: Literal["all", "pretrain"] = "all"
+    """All of the suite's tasks, or those that the paper pretrains on before transfer."""
+    variant: Literal["paper", "release"] = "paper"
+    """Where the paper's text and the authors' code differ (embedding norm, truncation bootstrap, entropy share of the
+    return scale): follow the text or the code."""
+    width: int | None = None
+    """Critic width H in units; default 4096 (paper), for the demo 128."""
+    seed: int = 0
+    """Seed of networks, noise and environments."""
+    total_steps: int | None = None
+    """Environment steps per task; default the suite's budget in the paper."""
+    run_dir: str | None = None
+    """Where to write; default runs/<exp>__<seed>__<time>."""
+    exp_name: str | None = None
+    """Name in metrics.csv; default brc_sac-<suite>-<variant>, or -<tasks>- with --tasks."""
+    resume: str | None = None
+    """Run directory to continue from its last complete checkpoint; all other arguments are read from there."""
+    evaluate: str | None = None
+    """Run directory whose agent to evaluate, and nothing else; all other arguments are read from there."""
+    device: str = "auto"
+    """cpu, cuda, cuda:N or mps; auto takes a GPU if there is one."""
+    replay_device: str | None = None
+    """Device of the replay buffer; default the training device."""
+    workers: int | None = None
+    """Processes that step the environments (0 = in this process); default by the number of cores."""
+    overlap: bool = True
+    """Update while the environments step (the newest transition is then sampled one step later); off = step first."""
+    track: bool = False
+    """Also log to Weights & Biases (project --wandb-project)."""
+    wandb_project: str = "brc"
+    """W&B project name."""
+    capture_video: bool = False
+    """Record the first evaluation episode of every task as a GIF, in <run dir>/videos and in TensorBoard."""
+
+    eval_interval: int | None = None
+    """Environment steps per task between evaluations; default a twentieth of the run."""
+    eval_episodes: int = 10
+    """Evaluation episodes per task."""
+    log_interval: int = 500
+    """Environment steps per task between TensorBoard scalars."""
+    checkpoint_interval: int | None = None
+    """Environment steps per task between checkpoints; default every evaluation."""
+    save_replay: bool = True
+    """Keep the replay in the checkpoints; without it a run can be evaluated and transferred, but not resumed."""
+
+    updates_per_step: int = 2
+    """Gradient updates per environment step of all tasks in parallel (paper)."""
+    batch_size: int | None = None
+    """Transitions per update over all tasks; default 1024 multi-task, 256 single-task (paper), demo 256."""
+    learning_starts: int | None = None
+    """Random environment steps per task before the first update; default 5000 (release), demo 1000."""
+    buffer_size: int = 1_000_000
+    """Replay capacity in transitions per task (paper)."""
+    learning_rate: float = 3e-4
+    """AdamW step size of critic and actor, Adam's of the temperature (paper)."""
+    weight_decay: float = 1e-4
+    """Decoupled, on every parameter of critic and actor: biases, LayerNorm and embedding too (release)."""
+    gamma: float = 0.99
+    """Discount per environment step (paper)."""
+    tau: float = 0.005
+    """Polyak coefficient of the target critics, every update (paper)."""
+    num_atoms: int = 101
+    """Atoms K of the categorical value (paper)."""
+    v_max: float = 10.0
+    """Support [-v_max, v_max] of the normalised value (paper)."""
+    critic_depth: int = 2
+    """Residual blocks of each critic (paper)."""
+    actor_depth: int = 1
+    """Residual blocks of the actor (paper)."""
+    actor_width: int = 256
+    """Actor width in units (paper)."""
+    embedding_dim: int = 32
+    """Numbers per task embedding (paper)."""
+    init_temperature: float = 0.1
+    """Initial entropy temperature alpha (release)."""
+
+
+class UsageError(ValueError):
+    """Arguments that cannot be run; its message is one sentence for the user."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on; its message says why and what is left of it."""
+
+
+# What a laptop's CPU can do in minutes; measured in benchmarks/README.md.
+DEMO_DEFAULTS = dict(width=128, batch_size=256, learning_starts=1000, total_steps=20_000, eval_interval=2_000)
+
+
+def resolve(args: Args) -> Args:
+    """Fills in every default that depends on others and checks all values, before anything is created.
+
+    Raises UsageError or suites.SuiteError.
+    """
+    tasks = suites.resolve(args.suite, args.tasks, args.split)
+    atari = [task for task in tasks if suites.benchmark(task) is suites.atari]
+    if atari:
+        raise UsageError(f"{atari[0]} is an Atari game, played from pixels: brc_sac.py runs only continuous control, "
+                         "without any Atari game among its tasks; use brc_drq.py for these.")
+    demo = DEMO_DEFAULTS if args.suite == "demo" and not args.tasks else {}
+    label = "-".join(tasks) if args.tasks and len(tasks) <= 3 else f"{len(tasks)}tasks" if args.tasks else args.suite
+    label += "-pretrain" if args.split == "pretrain" and not args.tasks else ""
+    defaults = dict(
+        width=4096, batch_size=1024 if len(tasks) > 1 else 256, learning_starts=5000,
+        total_steps=suites.steps(tasks) if args.tasks else suites.SUITES[args.suite].steps,
+        exp_name=f"brc_sac-{label}-{args.variant}",
+    ) | demo
+    args = dataclasses.replace(
+        args, tasks=tasks, **{name: value for name, value in defaults.items() if getattr(args, name) is None}
+    )
+    eval_interval = args.eval_interval or max(1, args.total_steps // 20)
+    args = dataclasses.replace(args, eval_interval=eval_interval,
+                               checkpoint_interval=args.checkpoint_interval or eval_interval)
+    for name in ("width", "total_steps", "eval_interval", "eval_episodes", "log_interval", "checkpoint_interval",
+                 "updates_per_step", "batch_size", "learning_starts", "buffer_size", "critic_depth", "actor_depth",
+                 "actor_width", "embedding_dim"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give a whole number of at least 1.")
+    for name in ("learning_rate", "v_max", "init_temperature"):
+        if not 0 < getattr(args, name) < float("inf"):
+            raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give a number above 0.")
+    for name, low, high in (("gamma", 0, 1), ("tau", 0, 1), ("weight_decay", 0, float("inf"))):
+        if not low <= getattr(args, name) <= high or (name == "gamma" and args.gamma == 1):
+            raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give a number from {low} to {high}"
+                             f"{', below 1' if name == 'gamma' else ''}.")
+    if args.num_atoms < 2:
+        raise UsageError(f"--num-atoms is {args.num_atoms}: a categorical value needs at least 2 atoms.")
+    if args.seed < 0:
+        raise UsageError(f"--seed is {args.seed}: give a whole number of at least 0.")
+    if args.workers is not None and args.workers < 0:
+        raise UsageError(f"--workers is {args.workers}: give 0 (step in this process) or a number of processes.")
+    return args
+
+
+# What may change beside --resume or --evaluate: nothing that the learner's numbers depend on.
+MAY_CHANGE = ("total_steps", "device", "replay_device", "workers", "track", "wandb_project", "capture_video",
+              "log_interval", "checkpoint_interval", "save_replay", "resume", "evaluate")
+
+
+def parse_args() -> Args:
+    """The command line; with --resume or --evaluate, that run's arguments and what is given beside them."""
+    import tyro
+
+    args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
+    run_dir = args.resume or args.evaluate
+    if not run_dir:
+        return resolve(args)
+    try:
+        facts = json.loads((Path(run_dir) / "args.json").read_text())
+        saved = Args(**{field.name: facts[field.name] for field in dataclasses.fields(Args)})
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"{run_dir} holds no run to continue (args.json: {error}): give a run directory.") from None
+    saved = dataclasses.replace(saved, tasks=tuple(saved.tasks))
+    args = tyro.cli(Args, default=saved)
+    may_change = MAY_CHANGE + (("eval_episodes",) if args.evaluate else ())
+    for field in dataclasses.fields(Args):
+        old, new = getattr(saved, field.name), getattr(args, field.name)
+        if old != new and field.name not in may_change:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in may_change[:-2])
+            raise UsageError(f"--{field.name.replace('_', '-')} is {old} in {run_dir} and cannot become {new}: "
+                             f"beside a run directory only {flags} may change.")
+    return resolve(args)
+
+
+def exit_on_error(function):
+    """Runs `function`. Bad input ends the program with its one sentence and exit code 2, a failed run with 1."""
+    try:
+        return function()
+    except (UsageError, RunError, suites.SuiteError) as error:
+        print(f"brc_sac.py: {error}", file=sys.stderr)
+        raise SystemExit(1 if isinstance(error, RunError) else 2) from None
+
+
+# Parsed before torch is imported, so that --help and a mistyped name answer at once.
+ARGS = exit_on_error(parse_args) if __name__ == "__main__" else None
+
+import torch  # noqa: E402
+import torch.nn as nn  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch.utils.tensorboard import SummaryWriter  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from suites.vector import EnvError, Step, VectorEnv, default_workers  # noqa: E402
+
+# -------------------------------------------------------------------------------------------------------- networks
+
+
+def dense(in_features: int, out_features: int, gain: float = 2**0.5) -> nn.Linear:
+    """Linear layer with orthogonal weights and zero bias (release)."""
+    layer = nn.Linear(in_features, out_features)
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def layer_norm(width: int) -> nn.LayerNorm:
+    return nn.LayerNorm(width, eps=1e-6)  # flax's epsilon; torch's default is 1e-5
+
+
+class BroNetBlock(nn.Module):
+    """x + LN(W2 relu(LN(W1 x)))."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.dense1, self.ln1 = dense(width, width), layer_norm(width)
+        self.dense2, self.ln2 = dense(width, width), layer_norm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.ln2(self.dense2(F.relu(self.ln1(self.dense1(x)))))
+
+
+class BroNet(nn.Module):
+    """Regularised residual network (Nauman et al. 2024; BRC section 3). No activation after the last block."""
+
+    def __init__(self, in_features: int, width: int, depth: int):
+        super().__init__()
+        self.dense0, self.ln0 = dense(in_features, width), layer_norm(width)
+        self.blocks = nn.Sequential(*(BroNetBlock(width) for _ in range(depth)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(F.relu(self.ln0(self.dense0(x))))  # [B, H]
+
+
+class TaskEmbedding(nn.Module):
+    """One learned vector per task, of unit L1 norm (paper, section 3) or unit L2 norm (release)."""
+
+    def __init__(self, num_tasks: int, dim: int, variant: str):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_tasks, dim) / dim**0.5)
+        self.order = {"paper": 1, "release": 2}[variant]
+
+    def forward(self, task_id: Tensor) -> Tensor:
+        weight = self.weight[task_id]
+        return weight / torch.linalg.vector_norm(weight, ord=self.order, dim=-1, keepdim=True)  # [B, 32]
+
+
+class Critic(nn.Module):
+    """Two independent BroNets that map (obs, action, embedding) to K logits, and the task embedding they share."""
+
+    def __init__(self, args: Args, obs_dim: int, act_dim: int, num_tasks: int):
+        super().__init__()
+        self.embedding = TaskEmbedding(num_tasks, args.embedding_dim, args.variant) if num_tasks > 1 else None
+        in_features = obs_dim + act_dim + (args.embedding_dim if num_tasks > 1 else 0)
+        # A plain loop over two members beats vmap and batched matmuls on CPU.
+        self.members = nn.ModuleList(
+            nn.Sequential(BroNet(in_features, args.width, args.critic_depth), dense(args.width, args.num_atoms))
+            for _ in range(2)
+        )
+        self.register_buffer("atoms", torch.linspace(-args.v_max, args.v_max, args.num_atoms), persistent=False)  # [K]
+
+    def embed(self, task_id: Tensor) -> Tensor:
+        """Embeddings [B, 32] of tasks [B]; [B, 0] in single-task mode."""
+        return self.embedding(task_id) if self.embedding else self.atoms.new_empty(len(task_id), 0)
+
+    def forward(self, obs: Tensor, action: Tensor, embedding: Tensor) -> Tensor:
+        x = torch.cat([obs, action, embedding], dim=-1)  # [B, O + A + 32]
+        return torch.stack([member(x) for member in self.members])  # [E, B, K]
+
+    def q_values(self, logits: Tensor) -> Tensor:
+        """Expected value [B] of logits [E, B, K]: the mean over the ensemble, no minimum."""
+        return logits.softmax(-1).mean(0) @ self.atoms
+
+
+class Actor(nn.Module):
+    """BroNet with mean and log-std heads of a tanh-squashed Gaussian."""
+
+    def __init__(self, args: Args, obs_dim: int, act_dim: int, num_tasks: int):
+        super().__init__()
+        in_features = obs_dim + (args.embedding_dim if num_tasks > 1 else 0)
+        self.body = BroNet(in_features, args.actor_width, args.actor_depth)
+        self.mean = dense(args.actor_width, act_dim)
+        self.log_std = dense(args.actor_width, act_dim, gain=1.0)
+
+    def forward(self, obs: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean [B, A] and log standard deviation [B, A], in [-10, 2], of the Gaussian before tanh."""
+        x = self.body(torch.cat([obs, embedding], dim=-1))  # [B, O + 32] -> [B, 256]
+        return self.mean(x), -10 + 6 * (1 + torch.tanh(self.log_std(x)))
+
+
+def sample_action(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Action tanh(mean + std noise) [B, A] and its log-probability [B], for standard normal noise [B, A].
+
+    The tanh correction log(1 - tanh(u)^2) is in its exact, stable form: no clamp, no epsilon.
+    """
+    u = mean + log_std.exp() * noise
+    gaussian = -0.5 * noise.square() - log_std - 0.5 * np.log(2 * np.pi)
+    correction = 2 * (np.log(2) - u - F.softplus(-2 * u))
+    return torch.tanh(u), (gaussian - correction).sum(-1)
+
+
+# ----------------------------------------------------------------------------------------------- return normaliser
+
+
+class ReturnNormalizer:
+    """Scales the rewards of each task so that its returns fit the critic's support (paper, section 3 and Eq. 4).
+
+    r_normalised = r v_max / (G_i + lambda_i), where G_i is the largest |Monte-Carlo return| seen from any state of
+    task i's finished episodes, and lambda_i the share of the entropy bonus. Before a task's first finished episode its
+    G_i is infinite and its rewards are 0.
+
+    variant  return after a truncation                     lambda_i
+    paper    the critic's value of the last state          alpha H_i / (1 - gamma), H_i task i's policy entropy
+    release  mean reward of the episode / (1 - gamma)      alpha (-target entropy) / 2 / (1 - gamma), the same for all
+    """
+
+    ENTROPY_RATE = 0.01  # of H_i's running mean per update; the paper does not state how it averages
+
+    def __init__(self, args: Args, num_tasks: int, act_dim: int, device: str | torch.device = "cpu"):
+        self.gamma, self.v_max, self.variant = args.gamma, args.v_max, args.variant
+        self.target_entropy = -act_dim / 2
+        self.return_min = np.full(num_tasks, np.inf, np.float32)
+        self.return_max = np.full(num_tasks, -np.inf, np.float32)
+        self.episode_rewards: list[list[float]] = [[] for _ in range(num_tasks)]  # of the running episodes
+        self.return_scale = torch.full((num_tasks,), torch.inf, device=device)  # G_i
+        # The random start is a uniform policy, of entropy A log 2.
+        self.entropy = torch.full((num_tasks,), act_dim * float(np.log(2)), device=device)  # H_i
+
+    def observe(self, reward: np.ndarray, terminated: np.ndarray, truncated: np.ndarray,
+                last_value: np.ndarray | None = None) -> None:
+        """Takes in one step of every task ([N] each) and the returns of the episodes that it ends.
+
+        last_value [N]: the critic's value of the last state in raw reward units, for the paper variant; without it
+        (before the critic has learned anything) a truncated episode bootstraps with 0.
+        """
+        for rewards, value in zip(self.episode_rewards, reward.tolist()):
+            rewards.append(value)
+        for task in np.flatnonzero(terminated | truncated):
+            self.finish(task, terminated[task], 0.0 if last_value is None else last_value[task])
+
+    def finish(self, task: int, terminated: bool, last_value: float) -> None:
+        """Ends the running episode of `task` and takes in its Monte-Carlo returns G_t = r_t + gamma G_t+1."""
+        rewards = np.array(self.episode_rewards[task])  # float64
+        if terminated:
+            G = 0.0
+        elif self.variant == "release":
+            G = rewards.mean() / (1 - self.gamma)
+        else:
+            G = float(last_value)
+        returns = np.empty_like(rewards)
+        for t in reversed(range(len(rewards))):
+            returns[t] = G = rewards[t] + self.gamma * G
+        self.return_min[task] = min(self.return_min[task], returns.min())
+        self.return_max[task] = max(self.return_max[task], returns.max())
+        self.return_scale[task] = float(max(self.return_max[task], abs(self.return_min[task])))
+        self.episode_rewards[task] = []
+
+    @torch.no_grad()
+    def observe_entropy(self, log_prob: Tensor, task_id: Tensor) -> None:
+        """Moves H_i towards the mean of -log pi [B] over the batch's samples of task i."""
+        count = torch.zeros_like(self.entropy).scatter_add_(0, task_id, torch.ones_like(log_prob))
+        total = torch.zeros_like(self.entropy).scatter_add_(0, task_id, -log_prob)
+        self.entropy += self.ENTROPY_RATE * (total - count * self.entropy) / count.clamp(min=1)
+
+    def state_dict(self) -> dict:
+        return {"return_min": torch.from_numpy(self.return_min), "return_max": torch.from_numpy(self.return_max),
+                "return_scale": self.return_scale, "entropy": self.entropy, "episode_rewards": self.episode_rewards}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.return_min, self.return_max = state["return_min"].numpy(), state["return_max"].numpy()
+        self.return_scale.copy_(state["return_scale"])
+        self.entropy.copy_(state["entropy"])
+        self.episode_rewards = state["episode_rewards"]
+
+    def denominator(self, temperature: Tensor) -> Tensor:
+        """G_i + lambda_i [N], in raw reward units; infinite before the first finished episode."""
+        if self.variant == "release":
+            entropy_share = temperature * -self.target_entropy / 2 / (1 - self.gamma)
+        else:
+            # Above 0, so that a task whose rewards were all 0 so far stays 0 and does not become 0 / 0.
+            entropy_share = (temperature * self.entropy / (1 - self.gamma)).clamp(min=1e-8)
+        return self.return_scale + entropy_share
+
+    def normalize(self, reward: Tensor, task_id: Tensor, temperature: Tensor) -> Tensor:
+        """Raw rewards [B] of tasks [B] in units of the critic's support."""
+        return reward / (self.denominator(temperature) / self.v_max)[task_id]
+
+    def denormalize(self, value: Tensor, task_id: Tensor, temperature: Tensor) -> Tensor:
+        """The critic's values [B] of tasks [B] in raw reward units; 0 before a task's first finished episode."""
+        scale = self.denominator(temperature)[task_id] / self.v_max
+        return torch.where(scale.isfinite(), value * scale, 0.0)
+
+
+# --------------------------------------------------------------------------------------------------- replay buffer
+
+
+class Batch(NamedTuple):
+    obs: Tensor  # [B, O]
+    action: Tensor  # [B, A]
+    reward: Tensor  # [B], raw as sampled, normalised as the losses take it
+    terminated: Tensor  # [B], 1.0 where the episode ended in a terminal state: no bootstrap; truncations do bootstrap
+    next_obs: Tensor  # [B, O]
+    task_id: Tensor  # [B]
+
+
+class ReplayBuffer:
+    """One ring of rows per task; every observation is stored once, in float32; rewards are raw.
+
+    Row r holds obs_t and the action, reward and terminated that followed it; next_obs is the obs of row r + 1. An
+    episode of T steps takes T + 1 rows: the last one holds only its true final observation and is never sampled as a
+    transition. `row_of` lists the rows that are transitions, so that sampling is uniform and never crosses an episode.
+    """
+
+    def __init__(self, num_tasks: int, obs_dim: int, act_dim: int, capacity: int, device: str | torch.device = "cpu"):
+        """capacity: transitions per task (fewer are kept if episodes are shorter than 64 steps on average)."""
+        self.num_tasks, self.capacity, self.device = num_tasks, capacity, torch.device(device)
+        self.rows = capacity + capacity // 64 + 2  # room for final observations
+        # empty, not zeros: a CPU gives memory page by page as the ring fills.
+        self.obs = torch.empty(num_tasks, self.rows, obs_dim, device=device)
+        self.action = torch.empty(num_tasks, self.rows, act_dim, device=device)
+        self.reward = torch.empty(num_tasks, self.rows, device=device)
+        self.terminated = torch.empty(num_tasks, self.rows, dtype=torch.bool, device=device)
+        self.row_of = torch.empty(num_tasks, capacity, dtype=torch.int32, device=device)  # transition % capacity -> row
+        self.window = torch.zeros(2, num_tasks, dtype=torch.int64, device=device)  # first kept transition, how many
+        # The host knows the whole layout, so that adding never asks the device. These counters only ever grow:
+        self.head = np.zeros(num_tasks, np.int64)  # row of the current observation
+        self.first = np.zeros(num_tasks, np.int64)  # oldest transition kept
+        self.stop = np.zeros(num_tasks, np.int64)  # one past the newest transition
+        self.transition_at = np.full((num_tasks, self.rows), -1, np.int32)  # -1: a final observation, or nothing yet
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rings when full."""
+        rings = (self.obs, self.action, self.reward, self.terminated, self.row_of, self.transition_at)
+        return sum(ring.nbytes for ring in rings)
+
+    def add(self, obs: np.ndarray, action: np.ndarray, reward: np.ndarray, terminated: np.ndarray,
+            truncated: np.ndarray, next_obs: np.ndarray) -> None:
+        """Stores one step of every task: [N, O], [N, A], [N], [N], [N], [N, O]; next_obs is never a reset's."""
+        tasks = np.arange(self.num_tasks)
+        row = self.head % self.rows
+        self._write(self.obs, tasks, row, obs)
+        self._write(self.action, tasks, row, action)
+        self._write(self.reward, tasks, row, reward)
+        self._write(self.terminated, tasks, row, terminated)
+        self._write(self.row_of, tasks, self.stop % self.capacity, row.astype(np.int32))
+        self.transition_at[tasks, row] = self.stop
+        self.stop += 1
+        self._open_row(tasks)
+        self._write(self.obs, tasks, self.head % self.rows, next_obs)
+        self._open_row(np.flatnonzero(terminated | truncated))
+
+    def cut(self) -> None:
+        """Ends every running episode as truncated: its current observation becomes the final one."""
+        running = self.transition_at[np.arange(self.num_tasks), (self.head - 1) % self.rows] >= 0
+        self._open_row(np.flatnonzero(running))
+
+    def _open_row(self, tasks: np.ndarray) -> None:
+        """Moves the heads of `tasks` by one row, over whatever was oldest there."""
+        self.head[tasks] += 1
+        row = self.head[tasks] % self.rows
+        self.first[tasks] = np.maximum(self.first[tasks], self.transition_at[tasks, row] + 1)
+        self.first = np.maximum(self.first, self.stop - self.capacity)
+        self.transition_at[tasks, row] = -1
+        self.window.copy_(torch.from_numpy(np.stack([self.first, self.stop - self.first])), non_blocking=True)
+
+    def _write(self, ring: Tensor, tasks: np.ndarray, row: np.ndarray, values: np.ndarray) -> None:
+        ring[tasks, row] = torch.from_numpy(values).to(self.device, non_blocking=True)
+
+    def export(self, since: np.ndarray) -> dict:
+        """Rows from `since` [N] up to and with the current one, which holds only its observation, task after task."""
+        start = np.maximum(since, self.head - self.rows + 1)
+        task = np.repeat(np.arange(self.num_tasks), self.head - start + 1)
+        number = np.concatenate([np.arange(first, last + 1) for first, last in zip(start, self.head)])
+        row = number % self.rows
+        rings = {name: getattr(self, name)[task, row].cpu() for name in ("obs", "action", "reward", "terminated")}
+        counts = {"task": task, "number": number, "transition": self.transition_at[task, row]}
+        return rings | {name: torch.from_numpy(count) for name, count in counts.items()}
+
+    def load(self, segments: Iterable[dict], counters: dict) -> None:
+        """Fills the rings from what `export` returned, oldest first, and the counters of `state_dict`.
+
+        Rows and transitions are known by their numbers, so that the capacity may differ from the saved one's.
+        """
+        self.head, self.first, self.stop = (counters[name].numpy() for name in ("head", "first", "stop"))
+        self.transition_at[:] = -1
+        for segment in segments:
+            task, number, transition = (segment[name].numpy() for name in ("task", "number", "transition"))
+            kept = number > self.head[task] - self.rows
+            task, number, transition = task[kept], number[kept], transition[kept]
+            row = number % self.rows
+            for name in ("obs", "action", "reward", "terminated"):
+                getattr(self, name)[task, row] = segment[name][torch.from_numpy(kept)].to(self.device)
+            self.transition_at[task, row] = transition
+            is_transition = transition >= 0
+            self._write(self.row_of, task[is_transition], transition[is_transition] % self.capacity,
+                        row[is_transition].astype(np.int32))
+        oldest = np.where(self.transition_at >= 0, self.transition_at, np.iinfo(np.int32).max).min(1)
+        self.first = np.minimum(np.maximum.reduce([self.first, oldest, self.stop - self.capacity]), self.stop)
+        self.window.copy_(torch.from_numpy(np.stack([self.first, self.stop - self.first])))
+
+    def state_dict(self) -> dict:
+        return {name: torch.from_numpy(getattr(self, name).copy()) for name in ("head", "first", "stop")}
+
+    def sample(self, batch_size: int, generator: torch.Generator | None = None) -> Batch:
+        """A batch with raw rewards, uniform over tasks and over each task's kept transitions."""
+        draw = {"size": (batch_size,), "generator": generator, "device": self.device}
+        task_id = torch.randint(self.num_tasks, **draw)
+        first, size = self.window[:, task_id]
+        transition = first + torch.randint(2**62, **draw) % size
+        row = self.row_of[task_id, transition % self.capacity].long()
+        return Batch(
+            obs=self.obs[task_id, row],
+            action=self.action[task_id, row],
+            reward=self.reward[task_id, row],
+            terminated=self.terminated[task_id, row].float(),
+            next_obs=self.obs[task_id, (row + 1) % self.rows],
+            task_id=task_id,
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------- update
+
+
+def project_categorical(probs: Tensor, positions: Tensor, atoms: Tensor) -> Tensor:
+    """Projects mass `probs` [B, K] that lies at `positions` [B, K] onto the evenly spaced `atoms` [K]: C51, Eq. 7.
+
+    Positions beyond the support are clipped to it. Mass is conserved exactly: each particle splits between its two
+    neighbouring atoms, one of which gets all of it where it falls on an atom.
+    """
+    low, spacing = atoms[0], (atoms[-1] - atoms[0]) / (len(atoms) - 1)
+    index = (positions.clamp(atoms[0], atoms[-1]) - low) / spacing  # fractional atom number, in [0, K - 1]
+    lower = index.floor().clamp(max=len(atoms) - 2)
+    upper_mass = probs * (index - lower)
+    lower = lower.long()
+    projected = torch.zeros_like(probs).scatter_add_(-1, lower, probs - upper_mass)
+    return projected.scatter_add_(-1, lower + 1, upper_mass)  # [B, K]
+
+
+def target_positions(batch: Batch, next_log_prob: Tensor, temperature: Tensor, atoms: Tensor, gamma: float) -> Tensor:
+    """Where the atoms of the next state's value move to [B, K]: r + gamma (1 - terminated)(z - alpha log pi)."""
+    soft_atoms = atoms - (temperature * next_log_prob).unsqueeze(-1)
+    return batch.reward.unsqueeze(-1) + gamma * (1 - batch.terminated).unsqueeze(-1) * soft_atoms
+
+
+def critic_loss(critic: Critic, target: Critic, actor: Actor, temperature: Tensor, gamma: float, batch: Batch,
+                noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross-entropy between both critics' logits and the projected target (paper, Eq. 3), and what to log."""
+    embedding = critic.embed(batch.task_id)  # [B, 32]
+    with torch.no_grad():
+        next_action, next_log_prob = sample_action(*actor(batch.next_obs, embedding), noise)
+        target_logits = target(batch.next_obs, next_action, target.embed(batch.task_id))  # [E, B, K]
+        next_probs = target_logits.softmax(-1).mean(0)  # [B, K]: the mean over the critics, no minimum
+        positions = target_positions(batch, next_log_prob, temperature, critic.atoms, gamma)  # [B, K]
+        target_probs = project_categorical(next_probs, positions, critic.atoms)  # [B, K]
+    logits = critic(batch.obs, batch.action, embedding)  # [E, B, K]
+    cross_entropy = -(target_probs * logits.log_softmax(-1)).sum(-1)  # [E, B]
+    loss = cross_entropy.mean(1).sum()
+    return loss, {"critic_loss": loss.detach(), "target_q": (target_probs @ critic.atoms).mean()}
+
+
+def actor_loss(critic: Critic, actor: Actor, temperature: Tensor, batch: Batch, noise: Tensor
+               ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """alpha log pi - Q (SAC, Eq. 7), the log-probabilities [B], and what to log; no gradient for the critic."""
+    embedding = critic.embed(batch.task_id).detach()
+    action, log_prob = sample_action(*actor(batch.obs, embedding), noise)
+    q = critic.q_values(critic(batch.obs, action, embedding))  # [B]
+    loss = (temperature * log_prob - q).mean()
+    log_prob = log_prob.detach()
+    return loss, log_prob, {"actor_loss": loss.detach(), "q": q.detach().mean(), "entropy": -log_prob.mean()}
+
+
+def temperature_loss(log_temperature: Tensor, entropy: Tensor, target_entropy: float) -> Tensor:
+    """alpha (entropy - target entropy): SAC's dual update, through alpha and not log alpha (release)."""
+    return log_temperature.exp() * (entropy - target_entropy)
+
+
+def make_adamw(parameters: list[nn.Parameter], args: Args) -> torch.optim.AdamW:
+    """AdamW of critic and actor: decoupled decay on every parameter, no mask (release)."""
+    return torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.999), eps=1e-8,
+                             weight_decay=args.weight_decay, fused=True)
+
+
+def make_temperature_adam(log_temperature: nn.Parameter, args: Args) -> torch.optim.Adam:
+    """Adam with beta1 = 0.5 and no decay (release)."""
+    return torch.optim.Adam([log_temperature], lr=args.learning_rate, betas=(0.5, 0.999), eps=1e-8)
+
+
+class Agent:
+    """Critic, target, actor and temperature with their optimisers, and the six steps of one update."""
+
+    PARTS = ("critic", "target", "actor", "critic_optimizer", "actor_optimizer", "temperature_optimizer")
+
+    def __init__(self, args: Args, obs_dim: int, act_dim: int, num_tasks: int, device: str | torch.device = "cpu"):
+        self.args, self.act_dim, self.num_tasks, self.device = args, act_dim, num_tasks, torch.device(device)
+        self.target_entropy = -act_dim / 2
+        with self.device:
+            self.critic = Critic(args, obs_dim, act_dim, num_tasks)
+            self.target = Critic(args, obs_dim, act_dim, num_tasks).requires_grad_(False)
+            self.actor = Actor(args, obs_dim, act_dim, num_tasks)
+            self.log_temperature = nn.Parameter(torch.tensor(args.init_temperature).log())
+            self.task_ids = torch.arange(num_tasks)
+        self.target.load_state_dict(self.critic.state_dict())
+        self.critic_parameters, self.target_parameters = list(self.critic.parameters()), list(self.target.parameters())
+        self.actor_parameters = list(self.actor.parameters())
+        self.critic_optimizer = make_adamw(self.critic_parameters, args)
+        self.actor_optimizer = make_adamw(self.actor_parameters, args)
+        self.temperature_optimizer = make_temperature_adam(self.log_temperature, args)
+
+    @property
+    def temperature(self) -> Tensor:
+        """alpha, without gradient."""
+        return self.log_temperature.detach().exp()
+
+    def update(self, batch: Batch, next_noise: Tensor, noise: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """One gradient update from a batch with normalised rewards and standard normal noise [B, A], [B, A].
+
+        Steps in the paper's order; returns tensors to log and the log-probabilities [B] of the actor step.
+        """
+        temperature = self.temperature
+        # 1-3: next action and target distribution, cross-entropy, critic and embedding step
+        loss, critic_metrics = critic_loss(self.critic, self.target, self.actor, temperature, self.args.gamma, batch,
+                                           next_noise)
+        optimize(self.critic_optimizer, loss, self.critic_parameters)
+        # 4: target <- tau critic + (1 - tau) target
+        torch._foreach_lerp_(self.target_parameters, self.critic_parameters, self.args.tau)
+        # 5: actor step through the new critic
+        loss, log_prob, actor_metrics = actor_loss(self.critic, self.actor, temperature, batch, noise)
+        optimize(self.actor_optimizer, loss, self.actor_parameters)
+        # 6: temperature step with the entropy of step 5
+        loss = temperature_loss(self.log_temperature, -log_prob.mean(), self.target_entropy)
+        optimize(self.temperature_optimizer, loss, [self.log_temperature])
+        return critic_metrics | actor_metrics | {"temperature": temperature, "temperature_loss": loss.detach()}, log_prob
+
+    def state_dict(self) -> dict:
+        return {name: getattr(self, name).state_dict() for name in self.PARTS} | {"log_temperature": self.log_temperature}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name in self.PARTS:
+            getattr(self, name).load_state_dict(state[name])
+        self.log_temperature.data.copy_(state["log_temperature"])
+
+    @torch.no_grad()
+    def act(self, obs: Tensor, noise: Tensor | None) -> Tensor:
+        """Actions [N, A] for observations [N, O] of tasks 0..N-1: sampled with noise [N, A], or tanh(mean) without."""
+        mean, log_std = self.actor(obs, self.critic.embed(self.task_ids))
+        return torch.tanh(mean) if noise is None else sample_action(mean, log_std, noise)[0]
+
+    @torch.no_grad()
+    def value(self, obs: Tensor) -> Tensor:
+        """Normalised value [N] of observations [N, O] of tasks 0..N-1 under the deterministic action."""
+        embedding = self.critic.embed(self.task_ids)
+        return self.critic.q_values(self.critic(obs, self.act(obs, None), embedding))
+
+
+def optimize(optimizer: torch.optim.Optimizer, loss: Tensor, parameters: list[nn.Parameter]) -> None:
+    """One optimiser step. Gradients reach `parameters` only: the actor's loss costs no critic weight gradients."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward(inputs=parameters)
+    optimizer.step()
+
+
+class Learner:
+    """Everything that a run must not lose: agent, normaliser, replay, random states and the step count."""
+
+    def __init__(self, args: Args, obs_dim: int, act_dim: int, device: torch.device, replay_device: torch.device):
+        num_tasks = len(args.tasks)
+        torch.manual_seed(derived_seed(args.seed, "networks"))
+        self.args, self.device, self.noise_shape = args, device, (args.batch_size, act_dim)
+        self.agent = Agent(args, obs_dim, act_dim, num_tasks, device)
+        self.normalizer = ReturnNormalizer(args, num_tasks, act_dim, device)
+        capacity = min(args.buffer_size, args.total_steps)
+        self.buffer = ReplayBuffer(num_tasks, obs_dim, act_dim, capacity, replay_device)
+        self.generator = torch.Generator(device).manual_seed(derived_seed(args.seed, "noise"))
+        self.replay_generator = torch.Generator(replay_device).manual_seed(derived_seed(args.seed, "replay"))
+        self.env_step = 0  # environment steps per task so far
+        self.segments: list[dict] = []  # replay files of the last checkpoint
+
+    def act(self, obs: np.ndarray) -> np.ndarray:
+        """Exploring actions [N, A] for observations [N, O]: uniform until learning starts, then the policy's."""
+        shape = (len(obs), self.agent.act_dim)
+        if self.env_step < self.args.learning_starts:
+            action = 2 * torch.rand(shape, generator=self.generator, device=self.device) - 1
+        else:
+            noise = torch.randn(shape, generator=self.generator, device=self.device)
+            action = self.agent.act(torch.from_numpy(obs).to(self.device), noise)
+        return action.cpu().numpy()  # waits for the device: the simulators need the actions
+
+    def update(self) -> dict[str, Tensor]:
+        """Samples a batch, normalises its rewards and makes one gradient update; returns tensors to log."""
+        batch = self.buffer.sample(self.args.batch_size, self.replay_generator)
+        batch = Batch(*(field.to(self.device, non_blocking=True) for field in batch))
+        reward = self.normalizer.normalize(batch.reward, batch.task_id, self.agent.temperature)
+        next_noise, noise = torch.randn((2, *self.noise_shape), generator=self.generator, device=self.device)
+        self.batch = batch._replace(reward=reward)
+        metrics, log_prob = self.agent.update(self.batch, next_noise, noise)
+        self.normalizer.observe_entropy(log_prob, batch.task_id)
+        return metrics
+
+    def observe(self, obs: np.ndarray, action: np.ndarray, result: Step) -> None:
+        """Stores one step of every task and the returns of the episodes that it ends."""
+        self.buffer.add(obs, action, result.reward, result.terminated, result.truncated, result.next_obs)
+        last_value = self.raw_value(result.next_obs) if result.truncated.any() else None
+        self.normalizer.observe(result.reward, result.terminated, result.truncated, last_value)
+
+    def raw_value(self, obs: np.ndarray) -> np.ndarray | None:
+        """The critic's value [N] of observations [N, O] in raw reward units; None if nothing was learned or needed."""
+        if self.args.variant == "release" or self.env_step <= self.args.learning_starts:
+            return None
+        value = self.agent.value(torch.from_numpy(obs).to(self.device))
+        value = self.normalizer.denormalize(value, self.agent.task_ids, self.agent.temperature)
+        return value.cpu().numpy()  # waits for the device, once per episode
+
+    def cut_episodes(self) -> None:
+        """Ends the running episodes as truncated: environments start anew after a resume."""
+        tasks = np.arange(len(self.args.tasks))
+        last_value = self.raw_value(self.buffer.obs[tasks, self.buffer.head % self.buffer.rows].cpu().numpy())
+        for task in tasks:
+            if self.normalizer.episode_rewards[task]:
+                self.normalizer.finish(task, False, 0.0 if last_value is None else last_value[task])
+        self.buffer.cut()
+
+    def state_dict(self) -> dict:
+        numpy_state = np.random.get_state()
+        return {
+            "tasks": list(self.args.tasks),
+            "env_step": self.env_step,
+            "agent": self.agent.state_dict(),
+            "normalizer": self.normalizer.state_dict(),
+            "buffer": self.buffer.state_dict(),
+            "generator": self.generator.get_state(),
+            "replay_generator": self.replay_generator.get_state(),
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            "numpy": [numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]],
+            "python": random.getstate(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restores all but the replay's rows."""
+        self.env_step, self.segments = state["env_step"], state["segments"]
+        self.agent.load_state_dict(state["agent"])
+        self.normalizer.load_state_dict(state["normalizer"])
+        for generator, name in ((self.generator, "generator"), (self.replay_generator, "replay_generator")):
+            if generator.get_state().shape == state[name].shape:  # a run that moved to another device draws anew
+                generator.set_state(state[name])
+        torch.set_rng_state(state["torch"])
+        if self.device.type == "cuda" and len(state["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["cuda"])
+        np.random.set_state(tuple(state["numpy"]))
+        random.setstate(state["python"])
+
+
+# ------------------------------------------------------------------------------------------------------ evaluation
+
+
+def evaluate(agent: Agent, envs: VectorEnv, episodes: int, seed: int, video: bool = False,
+             stop: Callable[[], object] = lambda: None) -> tuple[list[dict], list] | None:
+    """Runs the deterministic policy, tanh of the mean, for exactly `episodes` episodes of every task.
+
+    `envs` are evaluation's own; they are seeded anew each time, so that nothing carries over between evaluations. The
+    success of an episode is any success in it. Returns one dict per task with the means of `return`, `score` and,
+    where the task defines it, `success`; and, with `video`, the frames of each task's first episode. Returns None as
+    soon as `stop()` is true.
+    """
+    results = [{"return": [], "success": [], "score": []} for _ in envs.tasks]
+    episode_return, episode_success = np.zeros(envs.num_envs), np.full(envs.num_envs, np.nan)
+    frames: list[list[np.ndarray]] = [[] for _ in envs.tasks]
+    obs = envs.reset(seed=seed)
+    while any(len(result["return"]) < episodes for result in results):
+        if stop():
+            return None
+        if video:
+            for task, frame in enumerate(envs.render()):
+                if not results[task]["return"]:
+                    frames[task].append(frame)
+        action = agent.act(torch.from_numpy(obs).to(agent.device), noise=None)
+        result = envs.step(action.cpu().numpy())
+        obs = result.obs
+        episode_return += result.reward
+        episode_success = np.fmax(episode_success, result.success)  # NaN only where the task defines no success
+        for task in np.flatnonzero(result.terminated | result.truncated):
+            if len(results[task]["return"]) < episodes:  # faster tasks go on, uncounted, until the last is done
+                success = None if np.isnan(episode_success[task]) else float(episode_success[task])
+                results[task]["return"].append(float(episode_return[task]))
+                results[task]["score"].append(suites.score(envs.tasks[task], float(episode_return[task]), success))
+                if success is not None:
+                    results[task]["success"].append(success)
+            episode_return[task], episode_success[task] = 0.0, np.nan
+    means = [{metric: float(np.mean(values)) for metric, values in result.items() if values} for result in results]
+    return means, frames
+
+
+def table(tasks: tuple[str, ...], results: list[dict]) -> str:
+    """The results of an evaluation as text, a row per task and one for the mean."""
+    width = max(len(task) for task in (*tasks, "mean"))
+    lines = [f"{'task':<{width}}  {'return':>9}  {'success':>7}  {'score':>6}"]
+    for task, result in [*zip(tasks, results), ("mean", mean_result(results))]:
+        success = f"{result['success']:7.2f}" if "success" in result else " " * 6 + "-"
+        lines.append(f"{task:<{width}}  {result['return']:9.1f}  {success}  {result['score']:6.3f}")
+    return "\n".join(lines)
+
+
+def mean_result(results: list[dict]) -> dict:
+    """Means over tasks; `success` over the tasks that define it."""
+    return {
+        metric: float(np.mean([result[metric] for result in results if metric in result]))
+        for metric in ("return", "success", "score") if any(metric in result for result in results)
+    }
+
+
+# --------------------------------------------------------------------------------------------------------- logging
+
+
+class Logger:
+    """metrics.csv (tidy, append-only), TensorBoard, and W&B with --track. A full disk costs rows, never the run."""
+
+    COLUMNS = "exp_name,env_name,seed,metric,env_step,value"
+
+    def __init__(self, args: Args, run_dir: Path, first_step: int):
+        self.args, self.run_dir, self.path, self.unwritten = args, run_dir, run_dir / "metrics.csv", ""
+        if args.track:
+            import wandb
+
+            wandb.init(project=args.wandb_project, name=run_dir.name, id=run_dir.name, resume="allow",
+                       config=dataclasses.asdict(args), dir=str(run_dir), sync_tensorboard=True)
+        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+        text = self.path.read_text() if self.path.exists() else ""
+        complete = text[:text.rfind("\n") + 1]  # a kill can leave half a line
+        if complete != text:
+            os.truncate(self.path, len(complete.encode()))
+        if not complete:
+            self.path.write_text(self.COLUMNS + "\n")
+        rows = [line.split(",") for line in complete.splitlines()[1:]]
+        self.written = {(row[1], row[3], int(row[4])) for row in rows}
+
+    def has(self, env_step: int) -> bool:
+        """Whether the evaluation at `env_step` is recorded; the mean is written last."""
+        return ("mean", "score", env_step) in self.written
+
+    def evaluation(self, results: list[dict], learner: Learner) -> None:
+        """One row per task and metric, and `env_name=mean` for the mean over tasks; then the task embeddings."""
+        named = [*zip(self.args.tasks, results), ("mean", mean_result(results))]
+        for task, result in named:
+            for metric, value in result.items():
+                if (task, metric, learner.env_step) not in self.written:
+                    self.written.add((task, metric, learner.env_step))
+                    self.unwritten += (f"{self.args.exp_name},{task},{self.args.seed},{metric},{learner.env_step},"
+                                       f"{value:.6g}\n")
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                size = file.tell()
+                if file.write(self.unwritten.encode()) < len(self.unwritten.encode()):  # the disk is almost full
+                    file.truncate(size)
+                else:
+                    self.unwritten = ""
+                    os.fsync(file.fileno())
+        except OSError as error:
+            tqdm.write(f"metrics.csv cannot be written ({error}); its new rows wait for the next evaluation.")
+        self.tensorboard({f"eval_{metric}/{task}": value for task, result in named for metric, value in result.items()},
+                         learner.env_step)
+        if learner.agent.critic.embedding:
+            vectors = learner.agent.critic.embed(learner.agent.task_ids).detach().cpu()
+            self.guarded(lambda: self.writer.add_embedding(vectors, metadata=list(self.args.tasks), tag="tasks",
+                                                           global_step=learner.env_step))
+
+    def training(self, learner: Learner, metrics: dict[str, Tensor], steps_per_second: float | None) -> None:
+        """Losses, entropy, temperature, return scales and speed. Waits for the device."""
+        scales = learner.normalizer.denominator(learner.agent.temperature).tolist()
+        scalars = {f"train/{name}": value.item() for name, value in metrics.items()}
+        scalars |= {f"return_scale/{task}": scale for task, scale in zip(self.args.tasks, scales)}
+        self.tensorboard(scalars | {"time/env_steps_per_second": steps_per_second or 0.0}, learner.env_step)
+
+    def tensorboard(self, scalars: dict[str, float], env_step: int) -> None:
+        for name, value in scalars.items():
+            self.guarded(lambda: self.writer.add_scalar(name, value, env_step))
+
+    def videos(self, frames: list[list[np.ndarray]], env_step: int) -> None:
+        """One GIF per task, as a file and in TensorBoard."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        for task, path in zip(self.args.tasks, write_videos(self.args.tasks, frames, self.run_dir, env_step)):
+            image = Summary.Image(colorspace=3, encoded_image_string=path.read_bytes())
+            summary = Summary(value=[Summary.Value(tag=f"video/{task}", image=image)])
+            self.guarded(lambda: self.writer._get_file_writer().add_summary(summary, env_step))
+
+    def guarded(self, write: Callable[[], object]) -> None:
+        """Calls `write`; a failing disk is said once and ends TensorBoard's log, not the run."""
+        try:
+            if self.writer:
+                write()
+        except OSError as error:
+            tqdm.write(f"TensorBoard's log cannot be written ({error}); it ends here.")
+            self.writer = None
+
+    def close(self) -> None:
+        self.guarded(lambda: self.writer.close())
+
+
+def write_videos(tasks: tuple[str, ...], frames: list[list[np.ndarray]], run_dir: Path, env_step: int) -> list[Path]:
+    """Writes every fourth frame of each task's episode as a GIF under `run_dir`/videos."""
+    import imageio.v3 as imageio
+
+    (run_dir / "videos").mkdir(exist_ok=True)
+    paths = [run_dir / "videos" / f"{task}-{env_step}.gif" for task in tasks]
+    for path, episode in zip(paths, frames):
+        imageio.imwrite(path, np.stack(episode[::4]), duration=80, loop=0)
+    return paths
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoint
+#
+# checkpoint.pt            networks, optimisers, normaliser, counters, random states, and the list of replay segments
+# checkpoint.previous.pt   the one before, kept until the next one is complete
+# replay/<env step>.pt     a segment: the rows that the buffer gained since the checkpoint before. A checkpoint writes
+#                          one segment and rewrites none; those whose rows have all left the rings are deleted.
+#
+# Every file is written aside, synced and renamed, so that it is either complete or not there. torch.save writes zip
+# files, which hold a CRC-32 of every record: reading checks them, and a damaged checkpoint falls back to the previous.
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used; its message is one sentence for the user."""
+
+
+def write_file(path: Path, content: dict) -> None:
+    aside = path.with_suffix(".tmp")
+    try:
+        with open(aside, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        sync_directory(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def sync_directory(directory: Path) -> None:
+    """Makes renames in `directory` survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_file(path: Path) -> dict:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise CheckpointError(f"record {damaged} fails its checksum")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a flipped bit can surface as almost any exception of zipfile, pickle or torch
+        raise CheckpointError(f"{path} is missing or damaged ({error})") from error
+
+
+def save_checkpoint(run_dir: Path, learner: "Learner") -> None:
+    """Writes the learner's state, and the replay rows it gained since the last checkpoint; OSError if it cannot."""
+    segments = list(learner.segments)
+    if learner.args.save_replay:
+        (run_dir / "replay").mkdir(exist_ok=True)
+        oldest = learner.buffer.head - learner.buffer.rows
+        segments = [segment for segment in segments if (segment["head"].numpy() > oldest).any()]
+        since = segments[-1]["head"].numpy() if segments else np.zeros_like(oldest)
+        name = f"{learner.env_step:010d}.pt"
+        write_file(run_dir / "replay" / name, learner.buffer.export(since))
+        segments.append({"file": name, "head": torch.from_numpy(learner.buffer.head.copy())})
+    path, previous = run_dir / "checkpoint.pt", run_dir / "checkpoint.previous.pt"
+    state = learner.state_dict() | {"segments": segments}
+    write_file(run_dir / "checkpoint.new.pt", state)
+    if path.exists():
+        os.replace(path, previous)
+    os.replace(run_dir / "checkpoint.new.pt", path)
+    sync_directory(run_dir)
+    keep = {segment["file"] for segment in [*segments, *learner.segments]}
+    for file in (run_dir / "replay").glob("*"):
+        if file.name not in keep:
+            file.unlink()
+    learner.segments = segments
+
+
+def load_checkpoint(run_dir: Path, learner: "Learner", replay: bool = True) -> None:
+    """Restores what `save_checkpoint` wrote, from the newest complete checkpoint of `run_dir`.
+
+    Raises CheckpointError if there is none, or none with a replay where `replay` asks for it.
+    """
+    failures = []
+    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+        try:
+            state = read_file(run_dir / name)
+            if replay and not state["segments"]:
+                raise CheckpointError(f"{run_dir / name} was saved without its replay (--no-save-replay): "
+                                      "it serves --evaluate and transfer.py, and cannot be resumed")
+            segments = [read_file(run_dir / "replay" / segment["file"]) for segment in state["segments"]] if replay else []
+        except CheckpointError as error:
+            failures.append(str(error))
+            continue
+        if failures:
+            print(f"{failures[0]}; going on from {run_dir / name} at step {state['env_step']:,}.", file=sys.stderr)
+            if replay:  # so that the next checkpoint does not push this one out in favour of the damaged one
+                os.replace(run_dir / name, run_dir / "checkpoint.pt")
+        learner.load_state_dict(state)
+        if replay:
+            learner.buffer.load(segments, state["buffer"])
+        return
+    raise CheckpointError(f"No complete checkpoint in {run_dir}: {'; '.join(failures)}.")
+
+
+# --------------------------------------------------------------------------------------------------- training loop
+
+
+def choose_device(name: str) -> torch.device:
+    """The torch device called `name`; raises UsageError if this machine does not have it."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    available = ["cpu", *(["cuda"] if torch.cuda.is_available() else []),
+                 *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    if name not in available:
+        raise UsageError(f"Device '{name}' is not on this machine: give {', '.join(available)} or auto.")
+    return torch.device(name)
+
+
+def derived_seed(seed: int, purpose: str, env_step: int = 0) -> int:
+    """Independent seeds for every purpose and step, from the run's one seed."""
+    key = (*purpose.encode(), env_step)
+    return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1)[0] >> 1)
+
+
+def write_args(args: Args, run_dir: Path, device: torch.device) -> None:
+    """args.json: the resolved arguments and what else a reader needs to repeat the run."""
+    here = Path(__file__).resolve().parent
+    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True,
+                         text=True)
+    packages = ("torch", "numpy", "gymnasium", "mujoco", "dm_control", "metaworld")
+    facts = {
+        "git_commit": git.stdout.strip() or None,
+        "command": " ".join(sys.argv),
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
+        "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in packages},
+    }
+    (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args) | facts, indent=2) + "\n")
+
+
+def describe(learner: Learner, run_dir: Path) -> None:
+    """Prints what is about to run, and whether this machine can."""
+    args, agent, device = learner.args, learner.agent, learner.device
+    parameters = {name: sum(p.numel() for p in getattr(agent, name).parameters()) for name in agent.PARTS[:3]}
+    print(f"{args.exp_name}: {len(args.tasks)} task{'s' * (len(args.tasks) > 1)}, obs {learner.buffer.obs.shape[-1]}, "
+          f"act {agent.act_dim}, {args.total_steps:,} steps per task, in {run_dir}")
+    print(f"device {device}, {torch.get_num_threads()} threads; {sum(parameters.values()):,} parameters ("
+          + ", ".join(f"{name} {count:,}" for name, count in parameters.items())
+          + f"); replay {learner.buffer.nbytes / 1e9:.2f} GB when full, on {learner.buffer.device}", flush=True)
+    if device.type == "cpu":
+        # Forward of the targets, forward and backward (twice a forward) of the critics, and the actor's two passes.
+        flops = 6 * 2 * args.batch_size * sum(p.numel() for p in agent.critic_parameters if p.ndim == 2)
+        updates = max(0, args.total_steps - args.learning_starts) * args.updates_per_step
+        seconds = updates * flops / matmul_peak(args.batch_size, args.width)
+        if seconds > 86400:
+            print(f"On this CPU the updates alone would take {duration(seconds)}. For results in minutes: "
+                  "python brc_sac.py --suite demo", flush=True)
+
+
+def matmul_peak(batch_size: int, width: int) -> float:
+    """FLOP/s of one layer's matrix product on this CPU, measured in a fraction of a second."""
+    x, weight, seconds = torch.randn(batch_size, width), torch.randn(width, width), []
+    for _ in range(3):
+        start = time.perf_counter()
+        x @ weight
+        seconds.append(time.perf_counter() - start)
+    return 2 * batch_size * width**2 / min(seconds)
+
+
+def duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+class Signals:
+    """SIGTERM and SIGINT ask the run to stop after the current step, SIGUSR1 for a checkpoint; a second SIGINT kills."""
+
+    def __init__(self):
+        self.stop: int | None = None
+        self.checkpoint = False
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self.handle)
+
+    def handle(self, number: int, frame) -> None:
+        if number == signal.SIGUSR1:
+            self.checkpoint = True
+        else:
+            self.stop = number
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def check_finite(learner: Learner, metrics: dict[str, Tensor], run_dir: Path) -> None:
+    """Raises RunError, after a dump of the batch, if a loss is NaN or infinite. The device was waited for just before."""
+    for name in ("critic_loss", "actor_loss", "temperature_loss"):
+        if name in metrics and not metrics[name].isfinite():
+            culprits = {f"{field} of {learner.args.tasks[task]}"
+                        for field, values in learner.batch._asdict().items()
+                        for task in learner.batch.task_id[~values.isfinite().view(len(values), -1).all(1)].tolist()}
+            torch.save(learner.batch._asdict(), run_dir / "nonfinite_batch.pt")
+            raise RunError(f"{name} is {metrics[name].item()} at step {learner.env_step:,} of {learner.args.exp_name}; not "
+                           f"finite in its batch: {', '.join(sorted(culprits)) or 'nothing, so the network diverged'}. "
+                           f"The batch is in {run_dir / 'nonfinite_batch.pt'}; the last checkpoint is from before.")
+
+
+def train(args: Args) -> list[dict]:
+    """Trains as `args` say; returns the last evaluation's means, one dict per task.
+
+    Raises UsageError or suites.SuiteError, before anything is created, for arguments that cannot be run, and RunError
+    for a run that cannot go on.
+    """
+    device = choose_device(args.device)
+    replay_device = choose_device(args.replay_device) if args.replay_device else device
+    run_dir = Path(args.resume or args.run_dir or f"runs/{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}")
+    if not args.resume and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise UsageError(f"Run directory {run_dir} already holds files: give another --run-dir, or --resume {run_dir} "
+                         "to continue the run that is there.")
+    suites.check(args.tasks)
+    workers = default_workers(args.tasks) if args.workers is None else args.workers
+    envs = VectorEnv(args.tasks, seed=args.seed, workers=workers)
+    eval_envs = VectorEnv(args.tasks, seed=args.seed, workers=0 if args.capture_video else workers,
+                          render=args.capture_video)
+    learner = Learner(args, envs.obs_dim, envs.act_dim, device, replay_device)
+    if args.resume:
+        load_checkpoint(run_dir, learner)
+        learner.cut_episodes()
+    signals = Signals()
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_args(args, run_dir, device)
+        logger = Logger(args, run_dir, learner.env_step)
+    except OSError as error:
+        raise UsageError(f"Run directory {run_dir} cannot be written ({error}): give another --run-dir.") from None
+    describe(learner, run_dir)
+    start_step, saved_step = learner.env_step, learner.env_step
+
+    def checkpoint() -> None:
+        """Saves what is new since the last time; on failure warns, and the run goes on to the next interval."""
+        nonlocal saved_step
+        signals.checkpoint = False
+        if learner.env_step == saved_step:
+            return
+        try:
+            save_checkpoint(run_dir, learner)
+            saved_step = learner.env_step
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+            bar.write(f"Checkpoint at step {learner.env_step:,} failed ({error}); trying again at the next interval.")
+
+    def evaluation() -> list[dict]:
+        seed = derived_seed(args.seed, "evaluation", learner.env_step)
+        outcome = evaluate(learner.agent, eval_envs, args.eval_episodes, seed, args.capture_video, lambda: signals.stop)
+        if outcome is None:
+            return []
+        results, frames = outcome
+        logger.evaluation(results, learner)
+        if args.capture_video:
+            logger.videos(frames, learner.env_step)
+        means = mean_result(results)
+        bar.write(f"step {learner.env_step:>9,}: " + ", ".join(f"mean {name} {means[name]:.3f}" for name in means))
+        bar.set_postfix(score=f"{means['score']:.3f}")
+        return results
+
+    obs, metrics, results = envs.reset(seed=derived_seed(args.seed, "environments", learner.env_step)), {}, []
+    first_update = time.perf_counter()
+    bar = tqdm(total=args.total_steps, initial=learner.env_step, unit="step", dynamic_ncols=True,
+               mininterval=0.5 if sys.stderr.isatty() else 15)
+    try:
+        while True:
+            # Checkpoint first: a run that dies while it evaluates comes back here, and evaluates.
+            due = learner.env_step % args.eval_interval == 0 or learner.env_step == args.total_steps
+            if due or learner.env_step % args.checkpoint_interval == 0 or signals.stop or signals.checkpoint:
+                checkpoint()
+            if due and learner.env_step > 0 and not signals.stop and not logger.has(learner.env_step):
+                results = evaluation()
+            if signals.stop or learner.env_step >= args.total_steps:
+                break
+
+            action = learner.act(obs)
+            check_finite(learner, metrics, run_dir)
+            envs.step_async(action)
+            updates = args.updates_per_step if learner.env_step >= args.learning_starts else 0
+            if args.overlap:  # update while the simulators work; the newest transition is visible one step later
+                for _ in range(updates):
+                    metrics = learner.update()
+            result = envs.step_wait()
+            learner.env_step += 1
+            learner.observe(obs, action, result)
+            obs = result.obs
+            if not args.overlap:
+                for _ in range(updates):
+                    metrics = learner.update()
+
+            bar.update()
+            step = learner.env_step - max(start_step, args.learning_starts)
+            if step == 0:
+                first_update = time.perf_counter()
+            elif step == 50:
+                seconds = (time.perf_counter() - first_update) / step
+                bar.write(f"{1e3 * seconds:.1f} ms per step of all tasks with {args.updates_per_step} updates: about "
+                          f"{duration(seconds * (args.total_steps - learner.env_step))} to go, and evaluations")
+            if learner.env_step % args.log_interval == 0 and metrics:
+                logger.training(learner, metrics, bar.format_dict["rate"])
+        check_finite(learner, metrics, run_dir)
+    except EnvError as error:
+        checkpoint()
+        raise RunError(f"{error}\nStopped at step {learner.env_step:,}. To go on: "
+                       f"python brc_sac.py --resume {run_dir}") from None
+    finally:
+        bar.close()
+        envs.close()
+        eval_envs.close()
+        logger.close()
+    if signals.stop:
+        print(f"Stopped by {signal.Signals(signals.stop).name} at step {learner.env_step:,}. "
+              f"To go on: python brc_sac.py --resume {run_dir}", file=sys.stderr)
+        raise SystemExit(128 + signals.stop)
+    if saved_step == 0:
+        raise RunError(f"No checkpoint of {args.exp_name} could be written to {run_dir}.")
+    if results:
+        print(table(args.tasks, results))
+    return results
+
+
+def evaluate_run(args: Args) -> None:
+    """--evaluate: prints the table of tasks for a run's last checkpoint, with or without its replay."""
+    run_dir, device = Path(args.evaluate), choose_device(args.device)
+    suites.check(args.tasks)
+    workers = 0 if args.capture_video else default_workers(args.tasks) if args.workers is None else args.workers
+    envs = VectorEnv(args.tasks, seed=args.seed, workers=workers, render=args.capture_video)
+    learner = Learner(args, envs.obs_dim, envs.act_dim, device, choose_device("cpu"))
+    load_checkpoint(run_dir, learner, replay=False)
+    seed = derived_seed(args.seed, "evaluation", learner.env_step)
+    results, frames = evaluate(learner.agent, envs, args.eval_episodes, seed, args.capture_video)
+    envs.close()
+    if args.capture_video:
+        write_videos(args.tasks, frames, run_dir, learner.env_step)
+    print(f"{args.exp_name} at step {learner.env_step:,}, {args.eval_episodes} episodes per task")
+    print(table(args.tasks, results))
+
+
+if __name__ == "__main__":
+    exit_on_error(lambda: evaluate_run(ARGS) if ARGS.evaluate else train(ARGS))
