@@ -1,0 +1,95 @@
+"""What the agents train on: task lists, environments and scores. Nothing here knows about agents.
+
+One file per benchmark. Each defines
+    SUITES              name -> Suite, the named task collections it contributes
+    owns(task)          whether a task name belongs to this benchmark
+    check(tasks)        optional: raises SuiteError where something to be installed by hand is missing, in milliseconds
+    make(task, seed)    one Gymnasium environment of it; its simulator is imported only there
+    score(task, ...)    the paper's normalised score of one episode (or of a mean over episodes)
+
+    suites.SUITES["mw"].tasks            the task names of a suite
+    suites.make("reach", seed=0)         an environment: flat float32 observation, actions in [-1, 1]
+    suites.score("reach", 812.0, 1.0)    its normalised score
+"""
+
+import difflib
+from types import ModuleType
+
+import gymnasium as gym
+
+from suites import atari, dmc, humanoidbench, metaworld, shadowhand
+from suites.base import Suite, SuiteError
+
+__all__ = ["BENCHMARKS", "SUITES", "Suite", "SuiteError", "benchmark", "check", "make", "resolve", "score", "steps"]
+
+# dmc comes last: it owns every remaining `domain-task` name of dm_control.
+BENCHMARKS: tuple[ModuleType, ...] = (metaworld, humanoidbench, shadowhand, atari, dmc)
+
+SUITES: dict[str, Suite] = {name: suite for module in BENCHMARKS for name, suite in module.SUITES.items()}
+SUITES["mw-dmc"] = Suite(tasks=SUITES["mw"].tasks + dmc.TASKS_30, steps=500_000)
+
+
+def benchmark(task: str) -> ModuleType:
+    """The benchmark module that `task` belongs to. Raises SuiteError for an unknown name."""
+    for module in BENCHMARKS:
+        if module.owns(task):
+            return module
+    known = {name for suite in SUITES.values() for name in suite.tasks + suite.transfer} | dmc.TASKS
+    close = difflib.get_close_matches(task, sorted(known), n=3)
+    listing = f"the suites that list task names are {', '.join(SUITES)}."
+    raise SuiteError(f"Unknown task '{task}': " + (f"did you mean {' or '.join(close)}?" if close else listing))
+
+
+def resolve(suite: str | None, tasks: tuple[str, ...] | None, split: str) -> tuple[str, ...]:
+    """The task names that `--suite`, `--tasks` and `--split` select, in order.
+
+    Explicit task names win over the suite. Raises SuiteError for unknown names, for a split the suite does not have,
+    and for a task given twice.
+    """
+    if tasks:
+        for task in tasks:
+            benchmark(task)
+        duplicates = sorted({task for task in tasks if tasks.count(task) > 1})
+        if duplicates:
+            raise SuiteError(f"Task '{duplicates[0]}' was given more than once: name each task once.")
+        return tuple(tasks)
+    if suite not in SUITES:
+        raise SuiteError(f"Unknown suite '{suite}': the suites are {', '.join(SUITES)}.")
+    if split == "all":
+        return SUITES[suite].tasks
+    if not SUITES[suite].pretrain:
+        having = ", ".join(name for name, candidate in SUITES.items() if candidate.pretrain)
+        raise SuiteError(f"Suite '{suite}' has no pretrain split: use --split all, or one of the suites {having}.")
+    return SUITES[suite].pretrain
+
+
+def check(tasks: tuple[str, ...]) -> None:
+    """Raises SuiteError if a task needs something that is installed by hand and is missing. Takes milliseconds."""
+    for module in BENCHMARKS:
+        owned = tuple(task for task in tasks if benchmark(task) is module)
+        if owned and hasattr(module, "check"):
+            module.check(owned)
+
+
+def make(task: str, seed: int, render_mode: str | None = None) -> gym.Env:
+    """One environment of `task`: flat float32 Box observation, float32 Box action in [-1, 1]; Atari's are its own.
+
+    Its `info["success"]` (0.0 or 1.0) exists where the task defines success. Two environments made with the same seed
+    produce the same episodes. Raises SuiteError, naming what to install, when the simulator is missing.
+    """
+    return benchmark(task).make(task, seed, render_mode=render_mode)
+
+
+def score(task: str, episode_return: float, success: float | None) -> float:
+    """The paper's normalised score of `task` from an episode's undiscounted return and its success (0 or 1)."""
+    return benchmark(task).score(task, episode_return, success)
+
+
+def steps(tasks: tuple[str, ...]) -> int:
+    """The paper's budget in environment steps per task: the largest among the suites that hold these tasks."""
+    budgets = [
+        min(suite.steps for name, suite in SUITES.items() if name != "demo" and task in suite.tasks + suite.transfer)
+        for task in tasks
+        if any(task in suite.tasks + suite.transfer for suite in SUITES.values())
+    ]
+    return max(budgets, default=500_000)

@@ -1,0 +1,111 @@
+"""Atari 2600 games of the Arcade Learning Environment (Bellemare et al. 2013), set up as Atari-100k is.
+
+26 games to train on (Kaiser et al. 2020) and 20 held out for transfer. The ROMs come with ale-py. 100k steps of the
+agent are 400k frames, for each step repeats its action for four of them.
+"""
+
+import gymnasium as gym
+
+from suites.base import Seeded, Suite, SuiteError
+
+TASKS = (
+    "Alien", "Amidar", "Assault", "Asterix", "BankHeist", "BattleZone", "Boxing", "Breakout", "ChopperCommand",
+    "CrazyClimber", "DemonAttack", "Freeway", "Frostbite", "Gopher", "Hero", "Jamesbond", "Kangaroo", "Krull",
+    "KungFuMaster", "MsPacman", "Pong", "PrivateEye", "Qbert", "RoadRunner", "Seaquest", "UpNDown",
+)  # fmt: skip
+TRANSFER = (
+    "Asteroids", "Atlantis", "BeamRider", "Berzerk", "Bowling", "Centipede", "DoubleDunk", "FishingDerby", "Gravitar",
+    "IceHockey", "NameThisGame", "Pitfall", "Riverraid", "StarGunner", "TimePilot", "Tutankham", "Venture",
+    "VideoPinball", "WizardOfWor", "YarsRevenge",
+)  # fmt: skip
+
+SUITES = {"atari": Suite(tasks=TASKS, steps=100_000, pretrain=TASKS, transfer=TRANSFER)}
+
+# Returns of a random agent and of a human tester, as tabulated in Wang et al. 2016 (dueling networks).
+RETURNS = {
+    # game: (random, human)
+    "Alien": (227.8, 7127.7),
+    "Amidar": (5.8, 1719.5),
+    "Assault": (222.4, 742.0),
+    "Asterix": (210.0, 8503.3),
+    "BankHeist": (14.2, 753.1),
+    "BattleZone": (2360.0, 37187.5),
+    "Boxing": (0.1, 12.1),
+    "Breakout": (1.7, 30.5),
+    "ChopperCommand": (811.0, 7387.8),
+    "CrazyClimber": (10780.5, 35829.4),
+    "DemonAttack": (152.1, 1971.0),
+    "Freeway": (0.0, 29.6),
+    "Frostbite": (65.2, 4334.7),
+    "Gopher": (257.6, 2412.5),
+    "Hero": (1027.0, 30826.4),
+    "Jamesbond": (29.0, 302.8),
+    "Kangaroo": (52.0, 3035.0),
+    "Krull": (1598.0, 2665.5),
+    "KungFuMaster": (258.5, 22736.3),
+    "MsPacman": (307.3, 6951.6),
+    "Pong": (-20.7, 14.6),
+    "PrivateEye": (24.9, 69571.3),
+    "Qbert": (163.9, 13455.0),
+    "RoadRunner": (11.5, 7845.0),
+    "Seaquest": (68.4, 42054.7),
+    "UpNDown": (533.4, 11693.2),
+    "Asteroids": (719.1, 47388.7),
+    "Atlantis": (12850.0, 29028.1),
+    "BeamRider": (363.9, 16926.5),
+    "Berzerk": (123.7, 2630.4),
+    "Bowling": (23.1, 160.7),
+    "Centipede": (2090.9, 12017.0),
+    "DoubleDunk": (-18.6, -16.4),
+    "FishingDerby": (-91.7, -38.7),
+    "Gravitar": (173.0, 3351.4),
+    "IceHockey": (-11.2, 0.9),
+    "NameThisGame": (2292.3, 8049.0),
+    "Pitfall": (-229.4, 6463.7),
+    "Riverraid": (1338.5, 17118.0),
+    "StarGunner": (664.0, 10250.0),
+    "TimePilot": (3568.0, 5229.2),
+    "Tutankham": (11.4, 167.6),
+    "Venture": (0.0, 1187.5),
+    "VideoPinball": (0.0, 17667.9),
+    "WizardOfWor": (563.5, 4756.5),
+    "YarsRevenge": (3092.9, 54576.9),
+}
+
+
+def owns(task: str) -> bool:
+    return task in RETURNS
+
+
+def make(task: str, seed: int, render_mode: str | None = None) -> gym.Env:
+    """The game: observations uint8 [4, 84, 84], grey frames with the newest last; 18 actions; raw rewards.
+
+    No sticky actions; every action lasts four frames, of which the last two are max-pooled; 1 to 30 no-ops after a
+    reset; an episode is a whole game, truncated at 108,000 frames. `info["lives"]` are those left. After a reset the
+    three older frames are zero, as in Dopamine. Raises SuiteError if a package is missing.
+    """
+    try:
+        import ale_py
+        import cv2  # noqa: F401  AtariPreprocessing imports it at every frame
+    except ImportError as error:
+        message = f"Task '{task}' needs ale-py and OpenCV ({error}): run pip install -r requirements.txt."
+        raise SuiteError(message) from error
+
+    gym.register_envs(ale_py)
+    env = gym.make(
+        f"ALE/{task}-v5",
+        render_mode=render_mode,
+        disable_env_checker=True,
+        frameskip=1,
+        full_action_space=True,
+        repeat_action_probability=0.0,
+        max_num_frames_per_episode=108_000,
+    )
+    env = gym.wrappers.AtariPreprocessing(env, noop_max=30, frame_skip=4, screen_size=84)
+    return Seeded(gym.wrappers.FrameStackObservation(env, stack_size=4, padding_type="zero"), seed)
+
+
+def score(task: str, episode_return: float, success: float | None) -> float:
+    """The human-normalised score: 0 is a random agent, 1 a human."""
+    random, human = RETURNS[task]
+    return (episode_return - random) / (human - random)

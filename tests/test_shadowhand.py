@@ -1,0 +1,201 @@
+"""ShadowHand: what is said when its assets are missing, and, where they are at hand, its environments."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import suites
+from suites import shadowhand
+from suites.base import SuiteError, missing_file
+
+ALL = shadowhand.TASKS + shadowhand.TRANSFER
+
+installed = pytest.mark.skipif(not os.environ.get("SHADOWHAND_ASSETS"), reason="skipped: not installed")
+
+
+def make(task: str, seed: int = 0):
+    try:
+        suites.check((task,))
+    except SuiteError as error:  # an incomplete clone
+        pytest.skip(f"skipped: not installed ({error})")
+    return suites.make(task, seed)
+
+
+def rollout(env, steps: int, seed: int | None = None) -> tuple[list[np.ndarray], float, float]:
+    """The observations, the sum of rewards and that of success over `steps` fixed pseudo-random actions."""
+    rng = np.random.default_rng(seed)
+    trace, rewards, successes = [env.reset(seed=seed)[0]], 0.0, 0.0
+    for _ in range(steps):
+        obs, reward, _, _, info = env.step(rng.uniform(-1, 1, 20).astype(np.float32))
+        trace.append(obs)
+        rewards += reward
+        successes += info["success"]
+    return trace, rewards, successes
+
+
+# ------------------------------------------------------------------------------------------ lists, scores, errors
+def test_task_lists():
+    suite = suites.SUITES["sh"]
+    assert (len(suite.tasks), len(suite.pretrain), len(suite.transfer), suite.steps) == (85, 85, 29, 1_000_000)
+    assert len(set(ALL)) == 114
+    assert "sh-hammer" in ALL and not shadowhand.owns("hammer")
+
+
+def test_score_is_success():
+    assert suites.score("sh-apple", -40.0, 1.0) == 1.0
+    assert suites.score("sh-apple", -100.0, 0.0) == 0.0
+
+
+@pytest.fixture
+def assets(tmp_path, monkeypatch) -> Path:
+    """A folder with the layout of the real one and models that lack only mesh files."""
+    (tmp_path / "hand").mkdir()
+    (tmp_path / "stls" / "hand").mkdir(parents=True)
+    (tmp_path / "textures").mkdir()
+    (tmp_path / "textures" / "block.png").touch()
+    (tmp_path / "stls" / "hand" / "palm.stl").touch()
+    (tmp_path / "hand" / "shared.xml").write_text('<mujoco><mesh name="palm" file="palm.stl"/></mujoco>')
+    for name in ("apple", "mug"):
+        (tmp_path / "hand" / f"manipulate_{name}.xml").write_text(
+            '<mujoco><compiler meshdir="../stls/hand" texturedir="../textures"/><asset><include file="shared.xml"/>'
+            f'<texture name="texture:object" file="block.png"/><mesh name="mesh:object" file="{name}.stl"/>'
+            "</asset></mujoco>"
+        )
+    monkeypatch.setenv("SHADOWHAND_ASSETS", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("use", [lambda: suites.make("sh-apple", 0), lambda: suites.check(("reach", "sh-apple"))])
+def test_no_assets(use, monkeypatch):
+    monkeypatch.delenv("SHADOWHAND_ASSETS", raising=False)
+    with pytest.raises(SuiteError, match="sh-apple, and SHADOWHAND_ASSETS is not set: set .* dex_envs/assets"):
+        use()
+
+
+def test_wrong_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("SHADOWHAND_ASSETS", str(tmp_path))
+    with pytest.raises(SuiteError, match=f"SHADOWHAND_ASSETS={tmp_path} has no folder 'hand'.*dex_envs/assets"):
+        suites.check(("sh-apple",))
+
+
+def test_missing_mesh_is_named_with_a_way_out(assets):
+    (assets / "stls" / "hand" / "apple.stl").touch()
+    suites.check(("sh-apple",))
+    with pytest.raises(SuiteError, match="lack .*stls/hand/mug.stl, which sh-mug needs: .*--tasks to leave sh-mug out"):
+        suites.check(("sh-apple", "sh-mug"))
+    with pytest.raises(SuiteError, match="manipulate_torus.xml"):
+        suites.make("sh-torus", 0)
+
+
+def test_missing_file_looks_into_included_files(assets):
+    model = assets / "hand" / "manipulate_apple.xml"
+    (assets / "stls" / "hand" / "apple.stl").touch()
+    assert missing_file(model) is None
+    (assets / "stls" / "hand" / "palm.stl").unlink()
+    assert missing_file(model).name == "palm.stl"
+    (assets / "hand" / "shared.xml").unlink()
+    assert missing_file(model).name == "shared.xml"
+
+
+# --------------------------------------------------------------------------------------------------- environments
+@installed
+@pytest.mark.parametrize("task", ["sh-apple", "sh-hammer", "sh-e_toy_airplane", "sh-rubiks_cube"])
+def test_contract(task):
+    env = make(task)
+    assert env.observation_space.shape == (68,) and env.observation_space.dtype == np.float32
+    assert env.action_space.shape == (20,) and env.action_space.dtype == np.float32
+    obs, _ = env.reset()
+    for step in range(1, 101):
+        assert env.observation_space.contains(obs) and np.isfinite(obs).all()
+        obs, reward, terminated, truncated, info = env.step(np.full(20, (-1) ** step, np.float32))
+        assert type(reward) is float and reward == info["success"] - 1.0
+        assert terminated is False and truncated is (step == 100)
+
+
+# Numbers from the original environment (gymnasium-robotics 1.4.2, mujoco 3.3.0) under the same seed and actions: the
+# sum of the first observation, the last two numbers of the goal's quaternion, the sum of the observation after 10
+# steps, and the successful steps of 100. Tolerances leave room for another machine's rounding, which contacts amplify.
+ORIGINAL = [
+    ("sh-apple", 3, 15.597293, (-0.0, -0.956594), 22.065976, 0),
+    ("sh-wood_block", 3, 15.402091, (-0.0, -0.956594), 17.084413, 0),
+    ("sh-golf_ball", 3, 15.773310, (-0.0, -0.956594), 22.625351, 2),
+    ("sh-scissors", 11, 15.848381, (-0.0, -0.893946), 35.641644, 15),
+]
+
+
+@installed
+@pytest.mark.parametrize(("task", "seed", "first_sum", "goal", "tenth_sum", "successes"), ORIGINAL)
+def test_replays_the_original(task, seed, first_sum, goal, tenth_sum, successes):
+    trace, rewards, success = rollout(make(task), 100, seed)
+    assert trace[0].sum() == pytest.approx(first_sum, abs=1e-3)
+    assert trace[0][-2:] == pytest.approx(goal, abs=1e-5)
+    assert trace[10].sum() == pytest.approx(tenth_sum, abs=1e-2)
+    assert success == pytest.approx(successes, abs=2)
+    assert rewards == success - 100
+
+
+@installed
+def test_a_seed_fixes_all_episodes():
+    env = make("sh-scissors", seed=2)
+    actions = np.random.default_rng(0).uniform(-1, 1, (20, 20))
+
+    def episodes(env, seed=None):
+        out = []
+        for episode in range(2):
+            out.append(env.reset(seed=seed if episode == 0 else None)[0])
+            out.extend(env.step(action)[0] for action in actions)
+        return np.stack(out)
+
+    traces = episodes(env)
+    np.testing.assert_array_equal(episodes(make("sh-scissors", seed=2)), traces)
+    np.testing.assert_array_equal(episodes(env, seed=2), traces)
+    assert not np.array_equal(episodes(make("sh-scissors", seed=3)), traces)
+    assert not np.array_equal(traces[0], traces[21])
+
+
+@installed
+def test_goal_and_start():
+    """The goal is a rotation about the vertical, at the place of the object, which starts in the palm."""
+    env = make("sh-cube")
+    for _ in range(5):
+        obs, _ = env.reset()
+        position, goal = obs[54:57], obs[61:68]
+        np.testing.assert_allclose(goal[:3], position, atol=1e-6)
+        assert goal[4] == goal[5] == 0 and np.linalg.norm(goal[3:]) == pytest.approx(1)
+        assert position[2] > 0.04
+
+
+@installed
+def test_success_is_the_angle_to_the_goal():
+    env = make("sh-cube")
+    env.reset()
+    still = np.zeros(20, np.float32)
+    for sign, expected in ((1, 1.0), (-1, 0.0)):  # the negative quaternion, though the same orientation, is no success
+        quaternion = env.unwrapped.data.joint("object:joint").qpos[3:]
+        env.unwrapped.goal[3:] = sign * quaternion
+        *_, info = env.step(still)
+        assert info["success"] == expected
+
+
+@installed
+def test_actions_are_clipped_and_span_the_actuators():
+    env, other = make("sh-cube"), make("sh-cube")
+    env.reset(), other.reset()
+    for sign, side in ((-1, 0), (1, 1)):
+        np.testing.assert_array_equal(env.step(np.full(20, 5.0 * sign))[0], other.step(np.full(20, 1.0 * sign))[0])
+        np.testing.assert_allclose(env.unwrapped.data.ctrl, env.unwrapped.model.actuator_ctrlrange[:, side], atol=1e-12)
+
+
+@installed
+def test_every_object_loads():
+    """All 114, but for those whose files are not there."""
+    for task in ALL:
+        try:
+            suites.check((task,))
+        except SuiteError:
+            continue
+        env = suites.make(task, 0)
+        env.reset()
+        assert np.isfinite(env.step(np.zeros(20, np.float32))[0]).all()
