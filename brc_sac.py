@@ -36,6 +36,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -75,7 +76,7 @@ class Args:
     evaluate: str | None = None
     """Run directory whose agent to evaluate, and nothing else; all other arguments are read from there."""
     device: str = "auto"
-    """cpu, cuda, cuda:N or mps; auto takes a GPU if there is one."""
+    """cpu, cuda or cuda:N; auto takes a GPU if there is one."""
     replay_device: str | None = None
     """Device of the replay buffer; default the training device."""
     workers: int | None = None
@@ -141,52 +142,54 @@ class RunError(RuntimeError):
 
 
 # What a laptop's CPU can do in minutes; measured in benchmarks/README.md.
-DEMO_DEFAULTS = dict(width=128, batch_size=256, learning_starts=1000, total_steps=20_000, eval_interval=2_000)
+DEMO = dict(width=128, batch_size=256, learning_starts=1000, total_steps=40_000, eval_interval=2_000)
+
+# Smallest and largest value of each number; whole numbers but for the last line.
+BOUNDS = dict.fromkeys(
+    ("width", "total_steps", "eval_interval", "eval_episodes", "log_interval", "checkpoint_interval", "updates_per_step",
+     "batch_size", "learning_starts", "buffer_size", "critic_depth", "actor_depth", "actor_width", "embedding_dim"),
+    (1, float("inf")),
+) | {"seed": (0, float("inf")), "workers": (0, float("inf")), "num_atoms": (2, float("inf")),
+     "gamma": (0, 0.99999), "tau": (0, 1), "weight_decay": (0, 1e6), "learning_rate": (1e-12, 1e6), "v_max": (1e-6, 1e6),
+     "init_temperature": (1e-12, 1e6)}
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def resolve(args: Args) -> Args:
-    """Fills in every default that depends on others and checks all values, before anything is created.
+    """Fills in the defaults that depend on other arguments and checks all values, before anything is created.
 
     Raises UsageError or suites.SuiteError.
     """
     tasks = suites.resolve(args.suite, args.tasks, args.split)
     atari = [task for task in tasks if suites.benchmark(task) is suites.atari]
     if atari:
-        raise UsageError(f"{atari[0]} is an Atari game, played from pixels: brc_sac.py runs only continuous control, "
-                         "without any Atari game among its tasks; use brc_drq.py for these.")
-    demo = DEMO_DEFAULTS if args.suite == "demo" and not args.tasks else {}
-    label = "-".join(tasks) if args.tasks and len(tasks) <= 3 else f"{len(tasks)}tasks" if args.tasks else args.suite
-    label += "-pretrain" if args.split == "pretrain" and not args.tasks else ""
-    defaults = dict(
-        width=4096, batch_size=1024 if len(tasks) > 1 else 256, learning_starts=5000,
-        total_steps=suites.steps(tasks) if args.tasks else suites.SUITES[args.suite].steps,
-        exp_name=f"brc_sac-{label}-{args.variant}",
-    ) | demo
-    args = dataclasses.replace(
-        args, tasks=tasks, **{name: value for name, value in defaults.items() if getattr(args, name) is None}
-    )
-    eval_interval = args.eval_interval or max(1, args.total_steps // 20)
-    args = dataclasses.replace(args, eval_interval=eval_interval,
-                               checkpoint_interval=args.checkpoint_interval or eval_interval)
-    for name in ("width", "total_steps", "eval_interval", "eval_episodes", "log_interval", "checkpoint_interval",
-                 "updates_per_step", "batch_size", "learning_starts", "buffer_size", "critic_depth", "actor_depth",
-                 "actor_width", "embedding_dim"):
-        if getattr(args, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give a whole number of at least 1.")
-    for name in ("learning_rate", "v_max", "init_temperature"):
-        if not 0 < getattr(args, name) < float("inf"):
-            raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give a number above 0.")
-    for name, low, high in (("gamma", 0, 1), ("tau", 0, 1), ("weight_decay", 0, float("inf"))):
-        if not low <= getattr(args, name) <= high or (name == "gamma" and args.gamma == 1):
-            raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give a number from {low} to {high}"
-                             f"{', below 1' if name == 'gamma' else ''}.")
-    if args.num_atoms < 2:
-        raise UsageError(f"--num-atoms is {args.num_atoms}: a categorical value needs at least 2 atoms.")
-    if args.seed < 0:
-        raise UsageError(f"--seed is {args.seed}: give a whole number of at least 0.")
-    if args.workers is not None and args.workers < 0:
-        raise UsageError(f"--workers is {args.workers}: give 0 (step in this process) or a number of processes.")
+        raise UsageError(f"{atari[0]} is an Atari game, played from pixels: brc_sac.py runs continuous control only, so "
+                         "leave the games out, or use brc_drq.py for them.")
+    label = args.suite + "-pretrain" * (args.split == "pretrain")
+    if args.tasks:
+        label = "-".join(tasks) if len(tasks) <= 3 else f"{len(tasks)}tasks"
+    defaults = {
+        "width": 4096, "batch_size": 1024 if len(tasks) > 1 else 256, "learning_starts": 5000,
+        "total_steps": suites.steps(tasks) if args.tasks else suites.SUITES[args.suite].steps,
+        "exp_name": f"brc_sac-{label}-{args.variant}",
+    } | (DEMO if args.suite == "demo" and not args.tasks else {})
+    args = fill(dataclasses.replace(args, tasks=tasks), **defaults)
+    args = fill(args, eval_interval=max(1, args.total_steps // 20))
+    args = fill(args, checkpoint_interval=args.eval_interval)
+    for name, (low, high) in BOUNDS.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise UsageError(f"{flag(name)} is {value}: give a number of at least {low:g}"
+                             + (f" and at most {high:g}." if high < float("inf") else "."))
     return args
+
+
+def fill(args: Args, **defaults) -> Args:
+    """`args` with those of `defaults` that were not given."""
+    return dataclasses.replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
 
 
 # What may change beside --resume or --evaluate: nothing that the learner's numbers depend on.
@@ -213,9 +216,8 @@ def parse_args() -> Args:
     for field in dataclasses.fields(Args):
         old, new = getattr(saved, field.name), getattr(args, field.name)
         if old != new and field.name not in may_change:
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in may_change[:-2])
-            raise UsageError(f"--{field.name.replace('_', '-')} is {old} in {run_dir} and cannot become {new}: "
-                             f"beside a run directory only {flags} may change.")
+            raise UsageError(f"{flag(field.name)} is {old} in {run_dir} and cannot become {new}: "
+                             f"beside a run directory only {', '.join(map(flag, may_change[:-2]))} may change.")
     return resolve(args)
 
 
@@ -670,7 +672,8 @@ class Agent:
                                            next_noise)
         optimize(self.critic_optimizer, loss, self.critic_parameters)
         # 4: target <- tau critic + (1 - tau) target
-        torch._foreach_lerp_(self.target_parameters, self.critic_parameters, self.args.tau)
+        with torch.no_grad():
+            torch._foreach_lerp_(self.target_parameters, self.critic_parameters, self.args.tau)
         # 5: actor step through the new critic
         loss, log_prob, actor_metrics = actor_loss(self.critic, self.actor, temperature, batch, noise)
         optimize(self.actor_optimizer, loss, self.actor_parameters)
@@ -966,8 +969,8 @@ def write_videos(tasks: tuple[str, ...], frames: list[list[np.ndarray]], run_dir
 # files, which hold a CRC-32 of every record: reading checks them, and a damaged checkpoint falls back to the previous.
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be used; its message is one sentence for the user."""
+class CheckpointError(UsageError):
+    """A checkpoint that cannot be used."""
 
 
 def write_file(path: Path, content: dict) -> None:
@@ -1077,9 +1080,8 @@ def derived_seed(seed: int, purpose: str, env_step: int = 0) -> int:
 
 def write_args(args: Args, run_dir: Path, device: torch.device) -> None:
     """args.json: the resolved arguments and what else a reader needs to repeat the run."""
-    here = Path(__file__).resolve().parent
-    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True,
-                         text=True)
+    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=Path(__file__).resolve().parent,
+                         capture_output=True, text=True)
     packages = ("torch", "numpy", "gymnasium", "mujoco", "dm_control", "metaworld")
     facts = {
         "git_commit": git.stdout.strip() or None,
@@ -1087,7 +1089,9 @@ def write_args(args: Args, run_dir: Path, device: torch.device) -> None:
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
         "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in packages},
     }
-    (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args) | facts, indent=2) + "\n")
+    aside = run_dir / "args.tmp"
+    aside.write_text(json.dumps(dataclasses.asdict(args) | facts, indent=2) + "\n")
+    os.replace(aside, run_dir / "args.json")
 
 
 def describe(learner: Learner, run_dir: Path) -> None:
@@ -1100,30 +1104,15 @@ def describe(learner: Learner, run_dir: Path) -> None:
           + ", ".join(f"{name} {count:,}" for name, count in parameters.items())
           + f"); replay {learner.buffer.nbytes / 1e9:.2f} GB when full, on {learner.buffer.device}", flush=True)
     if device.type == "cpu":
-        # Forward of the targets, forward and backward (twice a forward) of the critics, and the actor's two passes.
-        flops = 6 * 2 * args.batch_size * sum(p.numel() for p in agent.critic_parameters if p.ndim == 2)
-        updates = max(0, args.total_steps - args.learning_starts) * args.updates_per_step
-        seconds = updates * flops / matmul_peak(args.batch_size, args.width)
-        if seconds > 86400:
-            print(f"On this CPU the updates alone would take {duration(seconds)}. For results in minutes: "
-                  "python brc_sac.py --suite demo", flush=True)
-
-
-def matmul_peak(batch_size: int, width: int) -> float:
-    """FLOP/s of one layer's matrix product on this CPU, measured in a fraction of a second."""
-    x, weight, seconds = torch.randn(batch_size, width), torch.randn(width, width), []
-    for _ in range(3):
+        obs, action = torch.zeros(args.batch_size, learner.buffer.obs.shape[-1]), torch.zeros(learner.noise_shape)
         start = time.perf_counter()
-        x @ weight
-        seconds.append(time.perf_counter() - start)
-    return 2 * batch_size * width**2 / min(seconds)
-
-
-def duration(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
+        with torch.no_grad():
+            agent.critic(obs, action, agent.critic.embed(torch.zeros(args.batch_size, dtype=torch.int64)))
+        forward = time.perf_counter() - start
+        updates = max(0, args.total_steps - args.learning_starts) * args.updates_per_step
+        if forward * 6 * updates > 86400:  # in forwards: target 1, critic 1 + 2 back, actor 2
+            print(f"On this CPU the updates alone would take about {forward * 6 * updates / 86400:,.1f} days. For results "
+                  "in minutes: python brc_sac.py --suite demo", flush=True)
 
 
 class Signals:
@@ -1250,7 +1239,7 @@ def train(args: Args) -> list[dict]:
             elif step == 50:
                 seconds = (time.perf_counter() - first_update) / step
                 bar.write(f"{1e3 * seconds:.1f} ms per step of all tasks with {args.updates_per_step} updates: about "
-                          f"{duration(seconds * (args.total_steps - learner.env_step))} to go, and evaluations")
+                          f"{timedelta(seconds=round(seconds * (args.total_steps - learner.env_step)))} to go, and evaluations")
             if learner.env_step % args.log_interval == 0 and metrics:
                 logger.training(learner, metrics, bar.format_dict["rate"])
         check_finite(learner, metrics, run_dir)
