@@ -83,8 +83,8 @@ class Args:
     workers: int | None = None
     """Processes that step the environments (0 = in this process); default by the number of cores."""
     compile: bool | None = None
-    """torch.compile the losses: about a fifth faster on a CPU after half a minute of compilation; default on for runs of
-    20,000 updates or more where there is a C++ compiler."""
+    """torch.compile the losses: about a fifth faster on a CPU, after half a minute of compilation; default on for runs
+    of 20,000 updates or more where there is a C++ compiler."""
     overlap: bool = True
     """Update while the environments step (the newest transition is then sampled one step later); off = step first."""
     track: bool = False
@@ -148,12 +148,15 @@ DEMO = dict(width=128, batch_size=256, learning_starts=1000, total_steps=40_000,
 
 # Smallest and largest value of each number; whole numbers but for the last line.
 BOUNDS = dict.fromkeys(
-    ("width", "total_steps", "eval_interval", "eval_episodes", "log_interval", "checkpoint_interval", "updates_per_step",
-     "batch_size", "learning_starts", "buffer_size", "critic_depth", "actor_depth", "actor_width", "embedding_dim"),
+    ("width", "total_steps", "eval_interval", "eval_episodes", "log_interval", "checkpoint_interval",
+     "updates_per_step", "batch_size", "learning_starts", "buffer_size", "critic_depth", "actor_depth", "actor_width",
+     "embedding_dim"),
     (1, float("inf")),
-) | {"seed": (0, float("inf")), "workers": (0, float("inf")), "num_atoms": (2, float("inf")),
-     "gamma": (0, 0.99999), "tau": (0, 1), "weight_decay": (0, 1e6), "learning_rate": (1e-12, 1e6), "v_max": (1e-6, 1e6),
-     "init_temperature": (1e-12, 1e6)}
+) | {
+    "seed": (0, float("inf")), "workers": (0, float("inf")), "num_atoms": (2, float("inf")),
+    "gamma": (0, 0.99999), "tau": (0, 1), "weight_decay": (0, 1e6), "learning_rate": (1e-12, 1e6),
+    "v_max": (1e-6, 1e6), "init_temperature": (1e-12, 1e6),
+}
 
 
 def flag(name: str) -> str:
@@ -168,8 +171,8 @@ def resolve(args: Args) -> Args:
     tasks = suites.resolve(args.suite, args.tasks, args.split)
     atari = [task for task in tasks if suites.benchmark(task) is suites.atari]
     if atari:
-        raise UsageError(f"{atari[0]} is an Atari game, played from pixels: brc_sac.py runs continuous control only, so "
-                         "leave the games out, or use brc_drq.py for them.")
+        raise UsageError(f"{atari[0]} is an Atari game, played from pixels: brc_sac.py runs continuous control only, "
+                         "so leave the games out, or use brc_drq.py for them.")
     label = args.suite + "-pretrain" * (args.split == "pretrain")
     if args.tasks:
         label = "-".join(tasks) if len(tasks) <= 3 else f"{len(tasks)}tasks"
@@ -183,8 +186,8 @@ def resolve(args: Args) -> Args:
     long = (args.total_steps - args.learning_starts) * args.updates_per_step >= 20_000
     args = fill(args, checkpoint_interval=args.eval_interval, compile=long and has_compiler())
     if args.compile and not has_compiler():
-        raise UsageError("--compile needs a C++ compiler, and neither c++, g++ nor clang++ is on the PATH: install one, or "
-                         "use --no-compile.")
+        raise UsageError("--compile needs a C++ compiler, and none of c++, g++ and clang++ is on the PATH: install "
+                         "one, or use --no-compile.")
     for name, (low, high) in BOUNDS.items():
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
@@ -392,7 +395,7 @@ class ReturnNormalizer:
         last_value [N]: the critic's value of the last state in raw reward units, for the paper variant; without it
         (before the critic has learned anything) a truncated episode bootstraps with 0.
         """
-        for rewards, value in zip(self.episode_rewards, reward.tolist()):
+        for rewards, value in zip(self.episode_rewards, reward.tolist(), strict=True):
             rewards.append(value)
         for task in np.flatnonzero(terminated | truncated):
             self.finish(task, terminated[task], 0.0 if last_value is None else last_value[task])
@@ -543,7 +546,7 @@ class ReplayBuffer:
         }
 
     def load(self, counters: dict[str, Tensor], segments: Iterable[dict[str, Tensor]]) -> None:
-        """Restores `state_dict` and what `export` returned, oldest first; the capacity may differ from the saved one."""
+        """Restores `state_dict` and what `export` returned, oldest first; the capacity may have changed."""
         self.head, self.first, self.stop = (counters[name].numpy() for name in ("head", "first", "stop"))
         self.transition_at[:] = -1
         for segment in segments:
@@ -685,8 +688,8 @@ class Agent:
         """
         temperature = self.temperature
         # 1-3: next action and target distribution, cross-entropy, critic and embedding step
-        loss, critic_metrics = self.critic_loss(self.critic, self.target, self.actor, temperature, self.args.gamma, batch,
-                                           next_noise)
+        loss, critic_metrics = self.critic_loss(self.critic, self.target, self.actor, temperature, self.args.gamma,
+                                                batch, next_noise)
         optimize(self.critic_optimizer, loss)
         # 4: target <- tau critic + (1 - tau) target
         with torch.no_grad():
@@ -699,10 +702,12 @@ class Agent:
         # 6: temperature step with the entropy of step 5
         loss = temperature_loss(self.log_temperature, -log_prob.mean(), self.target_entropy)
         optimize(self.temperature_optimizer, loss)
-        return critic_metrics | actor_metrics | {"temperature": temperature, "temperature_loss": loss.detach()}, log_prob
+        metrics = critic_metrics | actor_metrics | {"temperature": temperature, "temperature_loss": loss.detach()}
+        return metrics, log_prob
 
     def state_dict(self) -> dict:
-        return {name: getattr(self, name).state_dict() for name in self.PARTS} | {"log_temperature": self.log_temperature}
+        parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
+        return parts | {"log_temperature": self.log_temperature}
 
     def load_state_dict(self, state: dict) -> None:
         for name in self.PARTS:
@@ -861,7 +866,7 @@ def table(tasks: tuple[str, ...], results: list[dict]) -> str:
     """The results of an evaluation as text, a row per task and one for the mean."""
     width = max(len(task) for task in (*tasks, "mean"))
     lines = [f"{'task':<{width}}  {'return':>9}  {'success':>7}  {'score':>6}"]
-    for task, result in [*zip(tasks, results), ("mean", mean_result(results))]:
+    for task, result in [*zip(tasks, results, strict=True), ("mean", mean_result(results))]:
         success = f"{result['success']:7.2f}" if "success" in result else " " * 6 + "-"
         lines.append(f"{task:<{width}}  {result['return']:9.1f}  {success}  {result['score']:6.3f}")
     return "\n".join(lines)
@@ -938,9 +943,10 @@ class Logger:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         paths = write_videos(self.args.tasks, frames, self.run_dir, env_step)
-        images = [Summary.Value(tag=f"video/{task}", image=Summary.Image(colorspace=3, encoded_image_string=path.read_bytes()))
-                  for task, path in zip(self.args.tasks, paths, strict=True)]
-        self.tensorboard(lambda writer: writer._get_file_writer().add_summary(Summary(value=images), env_step))
+        images = [Summary.Image(colorspace=3, encoded_image_string=path.read_bytes()) for path in paths]
+        summary = Summary(value=[Summary.Value(tag=f"video/{task}", image=image)
+                                 for task, image in zip(self.args.tasks, images, strict=True)])
+        self.tensorboard(lambda writer: writer._get_file_writer().add_summary(summary, env_step))
 
     def tensorboard(self, write: Callable[[SummaryWriter], object]) -> None:
         """Calls `write`; a failing disk is reported once and ends TensorBoard's log, not the run."""
@@ -958,7 +964,7 @@ def write_videos(tasks: tuple[str, ...], frames: list[list[np.ndarray]], run_dir
 
     (run_dir / "videos").mkdir(exist_ok=True)
     paths = [run_dir / "videos" / f"{task}-{env_step}.gif" for task in tasks]
-    for path, episode in zip(paths, frames):
+    for path, episode in zip(paths, frames, strict=True):
         imageio.imwrite(path, np.stack(episode[::4]), duration=80, loop=0)
     return paths
 
@@ -1048,7 +1054,8 @@ def load_checkpoint(run_dir: Path, learner: "Learner", replay: bool = True) -> N
             if replay and not state["segments"]:
                 raise CheckpointError(f"{run_dir / name} was saved without its replay (--no-save-replay): "
                                       "it serves --evaluate and transfer.py, and cannot be resumed")
-            segments = [read_file(run_dir / "replay" / segment["file"]) for segment in state["segments"]] if replay else []
+            files = [run_dir / "replay" / segment["file"] for segment in state["segments"]]
+            segments = [read_file(file) for file in files] if replay else []
         except CheckpointError as error:
             failures.append(str(error))
             continue
@@ -1116,12 +1123,12 @@ def describe(learner: Learner, run_dir: Path) -> None:
         forward = time.perf_counter() - start
         updates = max(0, args.total_steps - args.learning_starts) * args.updates_per_step
         if forward * 6 * updates > 86400:  # in forwards: target 1, critic 1 + 2 back, actor 2
-            print(f"On this CPU the updates alone would take about {forward * 6 * updates / 86400:,.1f} days. For results "
-                  "in minutes: python brc_sac.py --suite demo", flush=True)
+            print(f"On this CPU the updates alone would take about {forward * 6 * updates / 86400:,.1f} days. For "
+                  "results in minutes: python brc_sac.py --suite demo", flush=True)
 
 
 class Signals:
-    """SIGTERM and SIGINT ask the run to stop after the current step, SIGUSR1 for a checkpoint; a second SIGINT kills."""
+    """SIGTERM and SIGINT stop the run after the current step, a second SIGINT at once; SIGUSR1 checkpoints."""
 
     def __init__(self):
         self.stop: int | None = None
@@ -1138,16 +1145,16 @@ class Signals:
 
 
 def check_finite(learner: Learner, metrics: dict[str, Tensor], run_dir: Path) -> None:
-    """Raises RunError, after a dump of the batch, if a loss is NaN or infinite. The device was waited for just before."""
+    """Raises RunError, and dumps the batch, if a loss is NaN or infinite. The device was waited for just before."""
     for name in ("critic_loss", "actor_loss", "temperature_loss"):
         if name in metrics and not metrics[name].isfinite():
             culprits = {f"{field} of {learner.args.tasks[task]}"
                         for field, values in learner.batch._asdict().items()
                         for task in learner.batch.task_id[~values.isfinite().view(len(values), -1).all(1)].tolist()}
             torch.save(learner.batch._asdict(), run_dir / "nonfinite_batch.pt")
-            raise RunError(f"{name} is {metrics[name].item()} at step {learner.env_step:,} of {learner.args.exp_name}; not "
-                           f"finite in its batch: {', '.join(sorted(culprits)) or 'nothing, so the network diverged'}. "
-                           f"The batch is in {run_dir / 'nonfinite_batch.pt'}; the last checkpoint is from before.")
+            raise RunError(f"{name} is {metrics[name].item()} at step {learner.env_step:,}; not finite in its batch: "
+                           f"{', '.join(sorted(culprits)) or 'nothing, so the network diverged'}. The batch is in "
+                           f"{run_dir / 'nonfinite_batch.pt'}; the last checkpoint is from before.")
 
 
 def train(args: Args) -> list[dict]:
@@ -1158,7 +1165,8 @@ def train(args: Args) -> list[dict]:
     """
     device = choose_device(args.device)
     replay_device = choose_device(args.replay_device) if args.replay_device else device
-    run_dir = Path(args.resume or args.run_dir or f"runs/{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}")
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    run_dir = Path(args.resume or args.run_dir or f"runs/{args.exp_name}__{args.seed}__{stamp}")
     if not args.resume and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise UsageError(f"Run directory {run_dir} already holds files: give another --run-dir, or --resume {run_dir} "
                          "to continue the run that is there.")
@@ -1239,12 +1247,13 @@ def train(args: Args) -> list[dict]:
 
             bar.update()
             step = learner.env_step - max(start_step, args.learning_starts)
-            if step == 0:
+            if step == 10:  # compiled and warm
                 first_update = time.perf_counter()
-            elif step == 50:
-                seconds = (time.perf_counter() - first_update) / step
+            elif step == 60:
+                seconds = (time.perf_counter() - first_update) / 50
+                left = timedelta(seconds=round(seconds * (args.total_steps - learner.env_step)))
                 bar.write(f"{1e3 * seconds:.1f} ms per step of all tasks with {args.updates_per_step} updates: about "
-                          f"{timedelta(seconds=round(seconds * (args.total_steps - learner.env_step)))} to go, and evaluations")
+                          f"{left} to go, and evaluations")
             if learner.env_step % args.log_interval == 0 and metrics:
                 logger.training(learner, metrics, bar.format_dict["rate"])
         check_finite(learner, metrics, run_dir)

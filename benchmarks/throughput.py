@@ -4,9 +4,10 @@
     python benchmarks/throughput.py --widths 4096 --json out.json
 
 Floor = FLOPs / matmul peak + bytes / copy bandwidth, with both peaks measured in the same run. FLOPs of an update are
-2 B (6 critic weights + 4 actor weights): critics' target forward, forward, backward (twice a forward), forward and input
-gradient in the actor step; the actor's two forwards and its backward. Bytes are AdamW's 28 a parameter (read parameter,
-gradient and two moments, write parameter and moments) and Polyak's 12 (read both, write the target).
+2 B (6 critic weights + 4 actor weights): the critics' target forward, forward, backward (twice a forward), and forward
+and input gradient in the actor step; the actor's two forwards and its backward. Bytes are AdamW's 28 a
+parameter (read parameter, gradient and two moments, write parameter and moments) and Polyak's 12 (read both, write the
+target).
 """
 
 import dataclasses
@@ -45,6 +46,8 @@ class Args:
     """cpu, cuda, cuda:N or auto."""
     seconds: float = 60.0
     """Most seconds to spend on the timed updates of one width; at least 3 are timed."""
+    compile: bool = False
+    """torch.compile the losses, as training does for long runs."""
     json: Path | None = None
     """Also write the results to this file."""
 
@@ -78,7 +81,8 @@ def copy_bandwidth(device: torch.device) -> float:
 def measure(args: Args, width: int, device: torch.device, flops_per_s: float, bytes_per_s: float) -> dict:
     """Median seconds of one update at `width`, and its floor."""
     tasks = tuple(str(task) for task in range(args.num_tasks))
-    agent_args = dataclasses.replace(brc_sac.Args(), tasks=tasks, width=width, batch_size=args.batch_size)
+    agent_args = dataclasses.replace(brc_sac.Args(), tasks=tasks, width=width, batch_size=args.batch_size,
+                                     compile=args.compile)
     agent = brc_sac.Agent(agent_args, args.obs_dim, args.act_dim, args.num_tasks, device)
     draw = lambda *shape: torch.randn(*shape, device=device)  # noqa: E731
     batch = brc_sac.Batch(
@@ -113,7 +117,8 @@ def main(args: Args) -> None:
     device = brc_sac.choose_device(args.device)
     widths = args.widths or ((256, 512, 1024) + ((2048, 4096, 8192) if device.type == "cuda" else ()))
     flops_per_s, bytes_per_s = matmul_peak(device), copy_bandwidth(device)
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    threads = f"CPU, {torch.get_num_threads()} threads"
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
     print(f"{hardware}, torch {torch.__version__}, matmul {flops_per_s / 1e9:,.0f} GFLOP/s "
           f"(float32 precision '{torch.get_float32_matmul_precision()}'), copy {bytes_per_s / 1e9:,.1f} GB/s")
     print(f"{'width':>6} {'parameters':>13} {'GFLOP':>8} {'update ms':>10} {'floor ms':>9} {'ratio':>6}")
@@ -125,7 +130,8 @@ def main(args: Args) -> None:
     if args.json:
         facts = {"hardware": hardware, "machine": platform.machine(), "torch": torch.__version__,
                  "date": datetime.date.today().isoformat(), "command": " ".join(sys.argv),
-                 "batch_size": args.batch_size, "matmul_gflops": flops_per_s / 1e9, "copy_gb_per_s": bytes_per_s / 1e9}
+                 "batch_size": args.batch_size, "compile": args.compile,
+                 "matmul_gflops": flops_per_s / 1e9, "copy_gb_per_s": bytes_per_s / 1e9}
         args.json.write_text(json.dumps(facts | {"updates": rows}, indent=2) + "\n")
 
 

@@ -102,8 +102,8 @@ def test_clipped_mass_stays_on_the_outermost_atoms_and_never_turns_negative():
 
 def test_projection_passes_nan_on_to_the_loss():
     # A network that diverged has to be told from its loss: NaN as an index would be an error without a name.
-    projected = brc_sac.project_categorical(torch.full((1, 5), 0.2), torch.full((1, 5), torch.nan), torch.arange(-2.0, 3))
-    assert projected.isnan().any()
+    probs, positions = torch.full((1, 5), 0.2), torch.full((1, 5), torch.nan)
+    assert brc_sac.project_categorical(probs, positions, torch.arange(-2.0, 3)).isnan().any()
 
 
 def test_projection_keeps_the_mean_of_targets_within_the_support(rng):
@@ -599,8 +599,8 @@ def test_the_actor_step_leaves_critic_and_embedding_alone(rng):
 
 
 def test_the_actor_reads_the_embedding_without_gradient(rng):
-    agent = Agent(make_args(), 3, 2, 2)
-    loss, log_prob, _ = brc_sac.actor_loss(agent.critic, agent.actor, agent.temperature, make_batch(rng), torch.randn(64, 2))
+    agent, batch, noise = Agent(make_args(), 3, 2, 2), make_batch(rng), torch.randn(64, 2)
+    loss, log_prob, _ = brc_sac.actor_loss(agent.critic, agent.actor, agent.temperature, batch, noise)
     assert not log_prob.requires_grad
     assert torch.autograd.grad(loss, agent.critic.embedding.weight, retain_graph=True, allow_unused=True) == (None,)
     assert all(gradient.any() for gradient in torch.autograd.grad(loss, list(agent.actor.parameters())))
@@ -708,6 +708,20 @@ def test_the_learner_knows_values_in_raw_reward_units(rng):
     for _ in range(200):
         learner.update()
     np.testing.assert_allclose(learner.raw_value(obs), [700, -0.03], rtol=0.05)
+
+
+def test_the_learner_stores_and_values_the_true_final_observation():
+    learner = Learner(make_args(learning_starts=4), 3, 1, CPU, CPU)
+    learner.env_step, learner.normalizer.return_scale[:] = 10, 1.0
+    first, final, reset = (np.full((2, 3), number, np.float32) for number in (1, 2, -3))
+    value_of_final, value_of_reset = learner.raw_value(final), learner.raw_value(reset)
+    no, yes, nothing = np.zeros(2, bool), np.ones(2, bool), np.zeros(2, np.float32)
+    learner.observe(first, np.zeros((2, 1), np.float32), Step(final, nothing, no, yes, nothing, reset))
+    batch = learner.buffer.sample(20)
+    assert (batch.obs == 1).all() and (batch.next_obs == 2).all() and not batch.terminated.any()
+    # A reward of 0 and then the critic's value: G = gamma V.
+    np.testing.assert_allclose(learner.normalizer.return_scale, 0.99 * np.abs(value_of_final), rtol=1e-5)
+    assert not np.allclose(value_of_final, value_of_reset, rtol=1e-2)
 
 
 def test_only_the_paper_variant_asks_the_critic_and_only_once_it_has_learned():
