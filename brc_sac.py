@@ -3,7 +3,7 @@
 "Bigger, Regularized, Categorical: High-Capacity Value Functions are Efficient Multi-Task Learners", arXiv 2505.23150.
 SAC + two BroNet critics with categorical cross-entropy TD + learned task embeddings + per-task return normalisation.
 
-    python brc_sac.py --suite demo                          five MetaWorld tasks on a laptop's CPU, minutes
+    python brc_sac.py --suite demo                          four MetaWorld tasks on a laptop's CPU, minutes
     python brc_sac.py --suite mw --width 4096               MetaWorld-50 as in the paper (one GPU)
     python brc_sac.py --suite mw --split pretrain           the 45 tasks that transfer.py starts from
     python brc_sac.py --tasks ball_in_cup-catch             single-task mode: batch 256, no task embedding
@@ -144,7 +144,7 @@ class RunError(RuntimeError):
 
 
 # What a laptop's CPU can do in minutes; measured in benchmarks/README.md.
-DEMO = dict(width=128, batch_size=256, learning_starts=1000, total_steps=40_000, eval_interval=2_000)
+DEMO = dict(width=128, batch_size=256, learning_starts=1000, eval_interval=2_000)
 
 # Smallest and largest value of each number; whole numbers but for the last line.
 BOUNDS = dict.fromkeys(

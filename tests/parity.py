@@ -39,9 +39,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import brc_sac
-from brc_sac import Agent, Args, Batch
 
 VARIANT = "release"  # the vectors come from the authors' code
+STEPS = ["critic", "Polyak", "actor", "temperature", "end"]  # of an update, in this order
 ADAMW = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 1e-4}
 TEMPERATURE_ADAM = {"beta1": 0.5, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
 
@@ -92,7 +92,8 @@ def compare(name: str, value, reference, tolerance) -> Row:
     """One row of the table; `tolerance` is one number or one per entry."""
     value, reference = np.asarray(value, np.float64), np.asarray(reference, np.float64)
     if value.shape != reference.shape or reference.size == 0:
-        return Row(f"{name} {list(value.shape)}, in the file {list(reference.shape)}", np.inf, np.inf, 0.0, np.inf, False)
+        shapes = f"shape {list(value.shape)}, in the file {list(reference.shape)}"
+        return Row(f"{name} {shapes}", np.inf, np.inf, 0.0, np.inf, False)
     with np.errstate(invalid="ignore"):
         error = np.abs(value - reference)
     same = (value == reference) | (np.isnan(value) & np.isnan(reference))  # infinities too
@@ -117,7 +118,7 @@ EXACT = set("cat stack index index_put_ gather clone copy_ _to_copy detach neg a
 SUMS = set("mm addmm mv sum mean native_layer_norm native_layer_norm_backward index_put "
            "embedding_dense_backward".split())
 ARITHMETIC = set("add sub rsub mul div sqrt".split())  # rounded to half a last bit, by every machine
-STEPS = re.compile("_fused_adam|_foreach_|lerp_|mul_|add_|addc")  # in-place: optimisers and Polyak
+IN_PLACE = re.compile("_fused_adam|_foreach_|lerp_|mul_|add_|addc")  # steps of optimisers, Polyak
 
 
 class RandomRounding(TorchDispatchMode):
@@ -138,7 +139,7 @@ class RandomRounding(TorchDispatchMode):
         name, kwargs = function._schema.name.removeprefix("aten::"), kwargs or {}
         if name in EXACT or function.is_view:
             return function(*args, **kwargs)
-        if STEPS.match(name):
+        if IN_PLACE.match(name):
             written = [tensor for argument, value in zip(function._schema.arguments, args)
                        if argument.alias_info and argument.alias_info.is_write for tensor in tree_leaves(value)]
             before = [tensor.clone() for tensor in written]
@@ -158,16 +159,16 @@ class RandomRounding(TorchDispatchMode):
         return x * (1 + bits * self.LAST_BIT * torch.randn(x.shape, generator=self.generator))
 
 
+def numbers(values: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    return {name: value.detach().double().numpy() for name, value in values.items()}
+
+
 def measure(observe: Callable[[], dict[str, Tensor]]) -> tuple[dict, dict]:
     """What `observe` computes, by name, and the tolerance of every entry."""
-
-    def numbers() -> dict[str, np.ndarray]:
-        return {name: value.detach().double().numpy() for name, value in observe().items()}
-
-    values, variance = numbers(), defaultdict(float)
+    values, variance = numbers(observe()), defaultdict(float)
     for seed in range(RUNS):
         with RandomRounding(seed):
-            run = numbers()
+            run = numbers(observe())
         for name, value in run.items():
             with np.errstate(invalid="ignore"):
                 variance[name] += np.nan_to_num((value - values[name]) ** 2) / RUNS
@@ -192,7 +193,7 @@ def as_reference(name: str, x: Tensor) -> Tensor:
     return (x.T if name.endswith("kernel") else x).detach()
 
 
-def named_parameters(agent: Agent) -> dict[str, torch.nn.Parameter]:
+def named_parameters(agent: brc_sac.Agent) -> dict[str, torch.nn.Parameter]:
     """The agent's parameters by the file's names."""
     modules = {"critic": agent.critic, "target": agent.target, "actor": agent.actor}
     parameters = {
@@ -202,23 +203,23 @@ def named_parameters(agent: Agent) -> dict[str, torch.nn.Parameter]:
     return parameters | {"log_temp": agent.log_temperature}
 
 
-def fresh_agent(vectors: Vectors) -> Agent:
+def fresh_agent(vectors: Vectors) -> brc_sac.Agent:
     """An agent of the file's sizes, freshly initialised; whatever is not a size has the agent's own default."""
     init = vectors.names("init/")
     tasks = vectors["init/critic.embedding"].shape if "critic.embedding" in init else (1, 32)
     depth = {net: sum(name.startswith(f"{net}.block") and name.endswith("dense1.bias") for name in init)
              for net in ("critic.0", "actor")}
-    args = Args(
+    args = brc_sac.Args(
         variant=VARIANT, width=len(vectors["init/critic.0.dense0.bias"]), critic_depth=depth["critic.0"],
         actor_width=len(vectors["init/actor.dense0.bias"]), actor_depth=depth["actor"], embedding_dim=tasks[1],
         batch_size=vectors["batch/observations"].shape[1], num_atoms=len(vectors["init/critic.0.out.bias"]),
         v_max=float(vectors["cfg/v_max"]),
     )
     torch.manual_seed(0)
-    return Agent(args, vectors["batch/observations"].shape[-1], vectors["batch/actions"].shape[-1], tasks[0])
+    return brc_sac.Agent(args, vectors["batch/observations"].shape[-1], vectors["batch/actions"].shape[-1], tasks[0])
 
 
-def load_parameters(agent: Agent, vectors: Vectors) -> None:
+def load_parameters(agent: brc_sac.Agent, vectors: Vectors) -> None:
     """Starts `agent` from the file's init/*."""
     for name, parameter in named_parameters(agent).items():
         value, slot = vectors.tensor(f"init/{name}"), as_reference(name, parameter)
@@ -257,7 +258,7 @@ class Operations(TorchFunctionMode):
 
 
 @contextmanager
-def recorded(agent: Agent):
+def recorded(agent: brc_sac.Agent):
     """Yields the calls that the agent makes of its functions and networks: a list per name, in order."""
     calls: dict[str, list[Call]] = defaultdict(list)
 
@@ -277,8 +278,8 @@ def recorded(agent: Agent):
             stack.enter_context(mock.patch.object(brc_sac, name, recorder(name, getattr(brc_sac, name))))
         q_values = recorder("q_values", brc_sac.Critic.q_values)
         stack.enter_context(mock.patch.object(brc_sac.Critic, "q_values", q_values))
-        networks = {"critic": agent.critic, "target": agent.target, "actor": agent.actor, "actor.body": agent.actor.body}
-        for name, network in networks.items():
+        for name, network in (("critic", agent.critic), ("target", agent.target), ("actor", agent.actor),
+                              ("actor.body", agent.actor.body)):
             hook = network.register_forward_hook(
                 lambda module, args, output, name=name: calls[name].append(Call({"x": args[0]}, output, []))
             )
@@ -289,9 +290,9 @@ def recorded(agent: Agent):
 # -------------------------------------------------------------------------------------------------- kind 1: updates
 
 
-def read_batch(vectors: Vectors, u: int) -> Batch:
+def read_batch(vectors: Vectors, u: int) -> brc_sac.Batch:
     """The batch of update u = 0, 1, ...; its rewards are normalised already."""
-    return Batch(
+    return brc_sac.Batch(
         obs=vectors.tensor("batch/observations")[u], action=vectors.tensor("batch/actions")[u],
         reward=vectors.tensor("batch/rewards")[u], terminated=1 - vectors.tensor("batch/masks")[u],
         next_obs=vectors.tensor("batch/next_observations")[u], task_id=vectors.tensor("batch/task_ids")[u].long(),
@@ -317,7 +318,7 @@ def step_slack(vectors: Vectors, u: int, name: str) -> np.ndarray:
     return 2 * steps * undetermined(vectors, u, name)
 
 
-def observe_update(agent: Agent, vectors: Vectors, u: int) -> dict[str, Tensor]:
+def observe_update(agent: brc_sac.Agent, vectors: Vectors, u: int) -> dict[str, Tensor]:
     """Every number of the file's update u, as the agent's own update computes it."""
     batch, prefix = read_batch(vectors, u), f"u{u + 1}/"
     noise = vectors.tensor(prefix + "noise_critic"), vectors.tensor(prefix + "noise_actor")
@@ -337,7 +338,15 @@ def observe_update(agent: Agent, vectors: Vectors, u: int) -> dict[str, Tensor]:
         values |= {f"{name}/pre_tanh*": sample.operation("tanh")[0][0], f"{name}/actions*": sample.output[0],
                    f"{name}/log_probs*": sample.output[1]}
 
+    old_target, order = copy.deepcopy(agent.target.state_dict()), []
+
+    def note(step: str) -> None:
+        if "Polyak" not in order and any((x != old_target[key]).any() for key, x in agent.target.state_dict().items()):
+            order.append("Polyak")
+        order.append(step)
+
     def before_step(optimizer, name: str) -> None:
+        note(name)
         group = [p for group in optimizer.param_groups for p in group["params"]]
         values[f"{name}_gnorm"] = torch.nn.utils.get_total_norm([p.grad for p in group])
         values[f"{name}_pnorm"] = torch.nn.utils.get_total_norm([p.detach() for p in group])
@@ -348,22 +357,24 @@ def observe_update(agent: Agent, vectors: Vectors, u: int) -> dict[str, Tensor]:
     def after_step(optimizer) -> None:
         for key, parameter in parameters.items():
             if any(parameter is p for group in optimizer.param_groups for p in group["params"]):
-                x = as_reference(key, parameter)
+                x, reference = as_reference(key, parameter), vectors.tensor(f"{prefix}new/{key}")
                 values[f"new/{key}"] = x.clone()
                 # Go on from the reference where the step's direction is undetermined, so that what follows is not.
-                x.copy_(torch.where(torch.tensor(undetermined(vectors, u, key)), vectors.tensor(f"{prefix}new/{key}"), x))
+                x.copy_(torch.where(torch.tensor(undetermined(vectors, u, key)), reference, x))
 
-    optimizers = {"critic": agent.critic_optimizer, "actor": agent.actor_optimizer, "temp": agent.temperature_optimizer}
     with ExitStack() as stack:
-        for name, optimizer in optimizers.items():
-            before = optimizer.register_step_pre_hook(lambda optimizer, args, kwargs, name=name: before_step(optimizer, name))
-            after = optimizer.register_step_post_hook(lambda optimizer, args, kwargs: after_step(optimizer))
+        for name in ("critic", "actor", "temperature"):
+            optimizer = getattr(agent, f"{name}_optimizer")
+            before = optimizer.register_step_pre_hook(lambda *call, name=name: before_step(call[0], name))
+            after = optimizer.register_step_post_hook(lambda *call: after_step(call[0]))
             stack.callback(before.remove)
             stack.callback(after.remove)
         calls = stack.enter_context(recorded(agent))
         with Operations() as mode:
             metrics, log_prob = agent.update(batch, *noise)
 
+    note("end")
+    values["order of the steps"] = torch.tensor([STEPS.index(step) for step in order])
     for key, parameter in parameters.items():
         if key.startswith("target."):
             values[f"new/{key}"] = as_reference(key, parameter).clone()
@@ -376,7 +387,8 @@ def observe_update(agent: Agent, vectors: Vectors, u: int) -> dict[str, Tensor]:
             f"{name}/actions": sample.output[0], f"{name}/log_probs": sample.output[1],
         }
     (projection,), (positions,) = calls["project_categorical"], calls["target_positions"]
-    target_q = next(result for name, args, result in mode.operations if "matmul" in name and args[0] is projection.output)
+    target_q = next(result for name, args, result in mode.operations
+                    if "matmul" in name and args[0] is projection.output)
     return values | {
         "next/target_logits": calls["target"][0].output, "next/probs": projection.inputs["probs"],
         "target/bin_values_unclipped": positions.output,
@@ -406,8 +418,10 @@ def check_updates(vectors: Vectors) -> list[Row]:
         return values
 
     values, tolerance = measure(observe)
-    for u in updates:  # the release has no such names, though our recording does
-        for name in ("temp_gnorm", "temp_pnorm"):
+    for u in updates:
+        order = values.pop(f"u{u + 1}/order of the steps")
+        rows.append(compare(f"u{u + 1}/order of the steps", order, np.arange(len(STEPS)), 0.0))
+        for name in ("temperature_gnorm", "temperature_pnorm"):  # the file has these of critic and actor only
             del values[f"u{u + 1}/{name}"]
     last = f"u{len(updates)}/new/"
     values |= {name.replace(last, "official_after2/"): value for name, value in values.items() if name.startswith(last)}
@@ -424,7 +438,7 @@ def check_updates(vectors: Vectors) -> list[Row]:
     return rows
 
 
-def check_settings(vectors: Vectors, agent: Agent) -> list[Row]:
+def check_settings(vectors: Vectors, agent: brc_sac.Agent) -> list[Row]:
     """The file's cfg/* and the constants of the authors' optimisers, against the agent's."""
     masks, task_ids = vectors["batch/masks"], vectors["batch/task_ids"]
     settings = {
@@ -462,7 +476,7 @@ def check_optimizer(name: str, optimizer, constants: dict, network: torch.nn.Mod
     return rows
 
 
-def check_initialisers(vectors: Vectors, agent: Agent) -> list[Row]:
+def check_initialisers(vectors: Vectors, agent: brc_sac.Agent) -> list[Row]:
     """The statistics of the release's initial values and of a fresh agent's."""
     fresh = {name: as_reference(name, parameter).numpy() for name, parameter in named_parameters(agent).items()}
     pristine = {name: vectors[f"pristine/{name}"] for name in fresh if not name.startswith(("target.", "log_temp"))}
@@ -501,7 +515,8 @@ def check_normal(name: str, table: np.ndarray) -> Row:
 def observe_adamw(vectors: Vectors, case: str) -> dict[str, Tensor]:
     """A scripted sequence of gradients through the agent's optimiser."""
     parameter = torch.nn.Parameter(vectors.tensor(f"{case}/param0"))
-    optimizer = brc_sac.make_adamw([parameter], Args(learning_rate=float(vectors[f"{case}/lr"]), variant=VARIANT))
+    args = brc_sac.Args(variant=VARIANT, learning_rate=float(vectors[f"{case}/lr"]))
+    optimizer = brc_sac.make_adamw([parameter], args)
     steps = []
     for gradient in vectors.tensor(f"{case}/grads"):
         brc_sac.optimize(optimizer, (parameter * gradient).sum())
@@ -511,7 +526,7 @@ def observe_adamw(vectors: Vectors, case: str) -> dict[str, Tensor]:
 
 def observe_temperature(vectors: Vectors) -> dict[str, Tensor]:
     log_temperature = torch.nn.Parameter(vectors.tensor("temp/log_temp0"))
-    optimizer = brc_sac.make_temperature_adam(log_temperature, Args(variant=VARIANT))
+    optimizer = brc_sac.make_temperature_adam(log_temperature, brc_sac.Args(variant=VARIANT))
     target_entropy, losses, steps = float(vectors["temp/target_entropy"]), [], []
     for entropy in vectors.tensor("temp/entropies"):
         loss = brc_sac.temperature_loss(log_temperature, entropy, target_entropy)
@@ -534,10 +549,10 @@ def observe_layers(vectors: Vectors) -> dict[str, Tensor]:
 
 def observe_projection(vectors: Vectors, atoms: Tensor) -> dict[str, Tensor]:
     probs = vectors.tensor("projection/next_probs")
-    batch = Batch(obs=None, action=None, reward=vectors.tensor("projection/rewards"),
+    batch = brc_sac.Batch(obs=None, action=None, reward=vectors.tensor("projection/rewards"),
                   terminated=1 - vectors.tensor("projection/masks"), next_obs=None, task_id=None)
     positions = brc_sac.target_positions(batch, vectors.tensor("projection/log_probs"),
-                                         vectors.tensor("projection/temperature"), atoms, Args.gamma)
+                                         vectors.tensor("projection/temperature"), atoms, brc_sac.Args.gamma)
     return {"projection/target_probs": brc_sac.project_categorical(probs, positions, atoms)}
 
 
@@ -545,7 +560,7 @@ def check_units(vectors: Vectors) -> list[Row]:
     cases = sorted({name.split("/")[0] for name in vectors.arrays if name.endswith("/param0")})
 
     v_max = float(vectors["projection/v_max"])
-    args = Args(variant=VARIANT, width=1, num_atoms=len(vectors["projection/bins"]), v_max=v_max)
+    args = brc_sac.Args(variant=VARIANT, width=1, num_atoms=len(vectors["projection/bins"]), v_max=v_max)
     atoms = brc_sac.Critic(args, obs_dim=1, act_dim=1, num_tasks=1).atoms
 
     def observe() -> dict[str, Tensor]:
@@ -561,7 +576,7 @@ def check_units(vectors: Vectors) -> list[Row]:
         tolerance[f"{case}/params"] += steps * np.spacing(np.abs(vectors[f"{case}/param0"]))
     rows = [compare(name, value, vectors[name], tolerance[name]) for name, value in values.items()]
     rows.append(compare("projection/bins", atoms, vectors["projection/bins"], 3e-7 * v_max))
-    rows.append(compare("projection/discount", Args.gamma, vectors["projection/discount"], 1e-6))
+    rows.append(compare("projection/discount", brc_sac.Args.gamma, vectors["projection/discount"], 1e-6))
     masks = vectors["projection/masks"]
     return rows + [compare("projection/masks are 0 or 1", masks, masks.round().clip(0, 1), 0.0)]
 
@@ -572,7 +587,7 @@ def check_units(vectors: Vectors) -> list[Row]:
 def observe_normalizer(vectors: Vectors) -> dict[str, Tensor]:
     rewards, act_dim = vectors["rewards"], int(vectors["act_dim"])
     steps, num_tasks = rewards.shape
-    args = Args(variant=VARIANT, v_max=float(vectors["v_max"]))
+    args = brc_sac.Args(variant=VARIANT, v_max=float(vectors["v_max"]))
     normalizer = brc_sac.ReturnNormalizer(args, num_tasks, act_dim)
     buffer = brc_sac.ReplayBuffer(num_tasks, obs_dim=1, act_dim=act_dim, capacity=2 * steps)
     batch_rewards, task_ids = vectors.tensor("batch_rewards"), vectors.tensor("batch_task_ids").long()
@@ -588,12 +603,14 @@ def observe_normalizer(vectors: Vectors) -> dict[str, Tensor]:
             for temperature in vectors.tensor("temperatures")
         ])
 
+    when = vectors["normalized_after_step"].tolist()  # -1: before the first
     normalized, low, high = {-1: normalize()}, [], []
     for t in range(steps):
         normalizer.observe(rewards[t], terminated[t], truncated[t])
         low.append(torch.tensor(normalizer.return_min))
         high.append(torch.tensor(normalizer.return_max))
-        normalized[t] = normalize()
+        if t in when:
+            normalized[t] = normalize()
         obs = np.full((num_tasks, 1), t, np.float32)
         buffer.add(obs, np.zeros((num_tasks, act_dim), np.float32), rewards[t], terminated[t], truncated[t], obs + 1)
 
@@ -606,7 +623,7 @@ def observe_normalizer(vectors: Vectors) -> dict[str, Tensor]:
                       for task in zero_tasks]
     return {
         "returns_min": torch.stack(low), "returns_max": torch.stack(high), "masks": masks,
-        "normalized_rewards": torch.stack([normalized[t] for t in vectors["normalized_after_step"].tolist()]),
+        "normalized_rewards": torch.stack([normalized[t] for t in when]),
         "zero_task_zero_temperature": torch.stack(zero_over_zero),
     }
 
@@ -614,9 +631,9 @@ def observe_normalizer(vectors: Vectors) -> dict[str, Tensor]:
 def check_normalizer(vectors: Vectors) -> list[Row]:
     values, tolerance = measure(lambda: observe_normalizer(vectors))
     rows = [compare(name, value, vectors[name], tolerance[name]) for name, value in values.items()]
-    target_entropy = brc_sac.ReturnNormalizer(Args(variant=VARIANT), 1, int(vectors["act_dim"])).target_entropy
+    target_entropy = brc_sac.ReturnNormalizer(brc_sac.Args(variant=VARIANT), 1, int(vectors["act_dim"])).target_entropy
     rows.append(compare("target_entropy", target_entropy, vectors["target_entropy"], 1e-6))
-    return rows + [compare("discount", Args.gamma, vectors["discount"], 1e-6)]
+    return rows + [compare("discount", brc_sac.Args.gamma, vectors["discount"], 1e-6)]
 
 
 # -------------------------------------------------------------------------------------------------------------- main
@@ -632,16 +649,17 @@ def check(path: str) -> list[Row]:
         raise FormatError(f"{path} is not in the format of the reference vectors: it has none of "
                           f"{', '.join(repr(key) for key in KINDS)}.")
     rows = kinds[0](vectors)
-    unread = sorted(set(vectors.arrays) - vectors.read)
-    return rows + [Row(f"{name}: not part of the format", np.nan, np.nan, np.nan, np.nan, False) for name in unread]
+    # Settings beyond those of the format are no quantities: a seed, say.
+    unread = sorted(name for name in set(vectors.arrays) - vectors.read if "/" in name and not name.startswith("cfg/"))
+    return rows + [Row(f"{name}: not compared", np.nan, np.nan, np.nan, np.nan, False) for name in unread]
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("files", nargs="+", metavar="FILE.npz")
     torch.set_num_threads(1)  # the vectors are small: threads would only wait for each other
     bad = total = 0
-    for path in parser.parse_args().files:
+    for path in parser.parse_args(arguments).files:
         try:
             rows = check(path)
         except FormatError as error:
