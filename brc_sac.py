@@ -556,7 +556,7 @@ class ReplayBuffer:
             for name in self.RINGS:
                 getattr(self, name)[task, row] = segment[name][kept].to(self.device)
             self.transition_at[task, row] = transition
-            real = transition >= 0
+            real = transition >= np.maximum(0, self.stop[task] - self.capacity)
             self._write(self.row_of, task[real], transition[real] % self.capacity, row[real].astype(np.int32))
         oldest = np.where(self.transition_at >= 0, self.transition_at, self.stop[:, None]).min(1)
         self.first = np.maximum.reduce([self.first, oldest, self.stop - self.capacity])
@@ -592,10 +592,11 @@ def project_categorical(probs: Tensor, positions: Tensor, atoms: Tensor) -> Tens
     neighbouring atoms, one of which gets all of it where it falls on an atom.
     """
     low, spacing = atoms[0], (atoms[-1] - atoms[0]) / (len(atoms) - 1)
-    index = (positions.clamp(atoms[0], atoms[-1]) - low) / spacing  # fractional atom number, in [0, K - 1]
+    # Fractional atom number in [0, K - 1]; the second clamp is for the rounding of the division.
+    index = ((positions.clamp(atoms[0], atoms[-1]) - low) / spacing).clamp(max=len(atoms) - 1)
     lower = index.floor().clamp(max=len(atoms) - 2)
     upper_mass = probs * (index - lower)
-    lower = lower.long()
+    lower = lower.long().clamp(min=0)  # NaN shall reach the loss, not fail as an index
     projected = torch.zeros_like(probs).scatter_add_(-1, lower, probs - upper_mass)
     return projected.scatter_add_(-1, lower + 1, upper_mass)  # [B, K]
 
@@ -1047,8 +1048,11 @@ def load_checkpoint(run_dir: Path, learner: "Learner", replay: bool = True) -> N
 
     Raises CheckpointError if there is none, or none with a replay where `replay` asks for it.
     """
-    failures = []
-    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+    names, failures = ("checkpoint.pt", "checkpoint.previous.pt"), []
+    if replay and not any((run_dir / name).exists() for name in names):
+        print(f"{run_dir} has no checkpoint yet: starting from step 0.", file=sys.stderr)
+        return
+    for name in names:
         try:
             state = read_file(run_dir / name)
             if replay and not state["segments"]:

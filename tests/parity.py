@@ -16,7 +16,8 @@ Prints a row per quantity. `max abs error` is over all entries and `max rel` is 
 any row is out, 2 with one sentence if a file cannot be read.
 
 Every entry has its own tolerance: what float32 leaves undetermined, see RandomRounding. So an entry that is known to
-seven digits is held to seven digits, next to one that is the rest of a cancellation. Exceptions stand in `step_slack`.
+seven digits is held to seven digits, next to one that is the rest of a cancellation. A few steps of Adam are not known
+at all, see `undetermined`.
 """
 
 import argparse
@@ -303,7 +304,7 @@ def undetermined(vectors: Vectors, u: int, name: str) -> np.ndarray:
     """Entries of parameter `name` whose gradients up to update u are rounding noise.
 
     Adam's first steps are nearly sign(gradient), so there a correct agent may step the other way. They are a few in
-    100,000: below 1e-5 of the tensor's largest gradient, where two programs agree to 6e-6.
+    10,000: below 1e-5 of the tensor's largest gradient, where two programs agree to 6e-6.
     """
     gradients = np.stack([vectors[f"u{i + 1}/grad/{name}"] for i in range(u + 1)])
     size = np.sqrt(np.square(gradients).mean(0))
@@ -311,7 +312,7 @@ def undetermined(vectors: Vectors, u: int, name: str) -> np.ndarray:
 
 
 def step_slack(vectors: Vectors, u: int, name: str) -> np.ndarray:
-    """What to allow a parameter after update u beyond rounding: where the gradients are, each step the other way."""
+    """What to allow a parameter after update u beyond rounding: every step the other way, where it is undetermined."""
     if name.startswith("target."):
         return float(vectors["cfg/tau"]) * step_slack(vectors, u, name.replace("target.", "critic."))
     steps = (u + 1) * float(vectors["cfg/critic_lr"])

@@ -1,4 +1,4 @@
-"""The agent agrees with the authors' code on every number of tests/reference, and the check notices when it does not."""
+"""The agent agrees with the authors' code on every number of tests/reference; the check notices when it does not."""
 
 import sys
 import types
