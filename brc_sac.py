@@ -930,12 +930,12 @@ class Logger:
             self.tensorboard(lambda writer: writer.add_embedding(vectors, list(self.args.tasks), tag="task_embedding",
                                                                  global_step=learner.env_step))
 
-    def training(self, learner: Learner, metrics: dict[str, Tensor], steps_per_second: float | None) -> None:
+    def training(self, learner: Learner, metrics: dict[str, Tensor], steps_per_second: float) -> None:
         """Losses, entropy, temperature, return scales and speed. Waits for the device."""
         scales = learner.normalizer.denominator(learner.agent.temperature).tolist()
         scalars = {f"train/{name}": value.item() for name, value in metrics.items()}
         scalars |= {f"return_scale/{task}": scale for task, scale in zip(self.args.tasks, scales, strict=True)}
-        scalars["time/env_steps_per_second"] = steps_per_second or 0.0
+        scalars["time/env_steps_per_second"] = steps_per_second
         self.tensorboard(lambda writer: [writer.add_scalar(name, value, learner.env_step)
                                          for name, value in scalars.items()])
 
@@ -1259,7 +1259,8 @@ def train(args: Args) -> list[dict]:
                 bar.write(f"{1e3 * seconds:.1f} ms per step of all tasks with {args.updates_per_step} updates: about "
                           f"{left} to go, and evaluations")
             if learner.env_step % args.log_interval == 0 and metrics:
-                logger.training(learner, metrics, bar.format_dict["rate"])
+                speed = (learner.env_step - start_step) / bar.format_dict["elapsed"]
+                logger.training(learner, metrics, speed)
         check_finite(learner, metrics, run_dir)
     except EnvError as error:
         checkpoint()
