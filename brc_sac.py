@@ -26,6 +26,7 @@ Shapes: B batch, E ensemble, K atoms, N tasks, O observation, A action, H width.
 """
 
 import dataclasses
+import importlib.util
 import json
 import os
 import random
@@ -45,6 +46,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 import suites
+from suites.vector import EnvError, Step, VectorEnv, default_workers
 
 # ------------------------------------------------------------------------------------------------------- arguments
 
@@ -146,7 +148,7 @@ class RunError(RuntimeError):
 # What a laptop's CPU can do in minutes; measured in benchmarks/README.md.
 DEMO = dict(width=128, batch_size=256, learning_starts=1000, eval_interval=2_000)
 
-# Smallest and largest value of each number; whole numbers but for the last line.
+# Smallest and largest value of each number.
 BOUNDS = dict.fromkeys(
     ("width", "total_steps", "eval_interval", "eval_episodes", "log_interval", "checkpoint_interval",
      "updates_per_step", "batch_size", "learning_starts", "buffer_size", "critic_depth", "actor_depth", "actor_width",
@@ -207,7 +209,7 @@ def fill(args: Args, **defaults) -> Args:
 
 # What may change beside --resume or --evaluate: nothing that the learner's numbers depend on.
 MAY_CHANGE = ("total_steps", "device", "replay_device", "workers", "track", "capture_video",
-              "log_interval", "checkpoint_interval", "save_replay", "resume", "evaluate")
+              "log_interval", "checkpoint_interval", "save_replay", "compile", "resume", "evaluate")
 
 
 def parse_args() -> Args:
@@ -238,9 +240,9 @@ def exit_on_error(function):
     """Runs `function`. Bad input ends the program with its one sentence and exit code 2, a failed run with 1."""
     try:
         return function()
-    except (UsageError, RunError, suites.SuiteError) as error:
+    except (UsageError, suites.SuiteError, RunError, EnvError) as error:
         print(f"brc_sac.py: {error}", file=sys.stderr)
-        raise SystemExit(1 if isinstance(error, RunError) else 2) from None
+        raise SystemExit(1 if isinstance(error, RuntimeError) else 2) from None
 
 
 # Parsed before torch is imported, so that --help and a mistyped name answer at once.
@@ -252,8 +254,6 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.utils.tensorboard import SummaryWriter  # noqa: E402
 from tqdm import tqdm  # noqa: E402
-
-from suites.vector import EnvError, Step, VectorEnv, default_workers  # noqa: E402
 
 # -------------------------------------------------------------------------------------------------------- networks
 
@@ -588,8 +588,8 @@ class ReplayBuffer:
 def project_categorical(probs: Tensor, positions: Tensor, atoms: Tensor) -> Tensor:
     """Projects mass `probs` [B, K] that lies at `positions` [B, K] onto the evenly spaced `atoms` [K]: C51, Eq. 7.
 
-    Positions beyond the support are clipped to it. Mass is conserved exactly: each particle splits between its two
-    neighbouring atoms, one of which gets all of it where it falls on an atom.
+    Positions beyond the support are clipped to it. Mass is conserved, to the rounding of a sum: each particle splits
+    between its two neighbouring atoms, one of which gets all of it where it falls on an atom.
     """
     low, spacing = atoms[0], (atoms[-1] - atoms[0]) / (len(atoms) - 1)
     # Fractional atom number in [0, K - 1]; the second clamp is for the rounding of the division.
@@ -1020,11 +1020,11 @@ def read_file(path: Path) -> dict:
 
 def save_checkpoint(run_dir: Path, learner: "Learner") -> None:
     """Writes the learner's state, and the replay rows it gained since the last checkpoint; OSError if it cannot."""
-    segments = list(learner.segments)
+    segments = []
     if learner.args.save_replay:
         (run_dir / "replay").mkdir(exist_ok=True)
         oldest = learner.buffer.head - learner.buffer.rows
-        segments = [segment for segment in segments if (segment["head"].numpy() > oldest).any()]
+        segments = [segment for segment in learner.segments if (segment["head"].numpy() > oldest).any()]
         since = segments[-1]["head"].numpy() if segments else np.zeros_like(oldest)
         name = f"{learner.env_step:010d}.pt"
         write_file(run_dir / "replay" / name, learner.buffer.export(since))
@@ -1096,11 +1096,12 @@ def derived_seed(seed: int, purpose: str, env_step: int = 0) -> int:
 
 def write_args(args: Args, run_dir: Path, device: torch.device) -> None:
     """args.json: the resolved arguments and what else a reader needs to repeat the run."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=Path(__file__).resolve().parent,
-                         capture_output=True, text=True)
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    here = Path(__file__).resolve().parent
+    commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     packages = ("torch", "numpy", "gymnasium", "mujoco", "dm_control", "metaworld")
     facts = {
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": commit or None,
         "command": " ".join(sys.argv),
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
         "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in packages},
@@ -1149,8 +1150,8 @@ class Signals:
 
 
 def check_finite(learner: Learner, metrics: dict[str, Tensor], run_dir: Path) -> None:
-    """Raises RunError, and dumps the batch, if a loss is NaN or infinite. The device was waited for just before."""
-    for name in ("critic_loss", "actor_loss", "temperature_loss"):
+    """Raises RunError, and dumps the batch, if a loss or an action is NaN or infinite. The device was waited for just before."""
+    for name in ("critic_loss", "actor_loss", "temperature_loss", "action"):
         if name in metrics and not metrics[name].isfinite():
             culprits = {f"{field} of {learner.args.tasks[task]}"
                         for field, values in learner.batch._asdict().items()
@@ -1174,6 +1175,8 @@ def train(args: Args) -> list[dict]:
     if not args.resume and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise UsageError(f"Run directory {run_dir} already holds files: give another --run-dir, or --resume {run_dir} "
                          "to continue the run that is there.")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        raise UsageError("--track needs W&B, which is not installed: pip install wandb, or leave --track out.")
     suites.check(args.tasks)
     workers = default_workers(args.tasks) if args.workers is None else args.workers
     envs = VectorEnv(args.tasks, seed=args.seed, workers=workers)
@@ -1199,6 +1202,7 @@ def train(args: Args) -> list[dict]:
         signals.checkpoint = False
         if learner.env_step == saved_step:
             return
+        check_finite(learner, metrics, run_dir)  # never over the last good one
         try:
             save_checkpoint(run_dir, learner)
             saved_step = learner.env_step
@@ -1235,7 +1239,7 @@ def train(args: Args) -> list[dict]:
                 break
 
             action = learner.act(obs)
-            check_finite(learner, metrics, run_dir)
+            check_finite(learner, metrics | {"action": torch.from_numpy(action).sum()}, run_dir)
             envs.step_async(action)
             updates = args.updates_per_step if learner.env_step >= args.learning_starts else 0
             if args.overlap:  # update while the simulators work; the newest transition is visible one step later
@@ -1261,7 +1265,6 @@ def train(args: Args) -> list[dict]:
             if learner.env_step % args.log_interval == 0 and metrics:
                 speed = (learner.env_step - start_step) / bar.format_dict["elapsed"]
                 logger.training(learner, metrics, speed)
-        check_finite(learner, metrics, run_dir)
     except EnvError as error:
         checkpoint()
         raise RunError(f"{error}\nStopped at step {learner.env_step:,}. To go on: "
@@ -1273,9 +1276,10 @@ def train(args: Args) -> list[dict]:
         logger.tensorboard(lambda writer: writer.close())
     if signals.stop:
         print(f"Stopped by {signal.Signals(signals.stop).name} at step {learner.env_step:,}. "
-              f"To go on: python brc_sac.py --resume {run_dir}", file=sys.stderr)
+              f"The last checkpoint is from step {saved_step:,}; to go on: "
+              f"python brc_sac.py --resume {run_dir}", file=sys.stderr)
         raise SystemExit(128 + signals.stop)
-    if saved_step == 0:
+    if saved_step == start_step < learner.env_step:
         raise RunError(f"No checkpoint of {args.exp_name} could be written to {run_dir}.")
     if results:
         print(table(args.tasks, results))
@@ -1288,7 +1292,8 @@ def evaluate_run(args: Args) -> None:
     suites.check(args.tasks)
     workers = 0 if args.capture_video else default_workers(args.tasks) if args.workers is None else args.workers
     envs = VectorEnv(args.tasks, seed=args.seed, workers=workers, render=args.capture_video)
-    learner = Learner(args, envs.obs_dim, envs.act_dim, device, choose_device("cpu"))
+    no_replay = dataclasses.replace(args, buffer_size=1)
+    learner = Learner(no_replay, envs.obs_dim, envs.act_dim, device, choose_device("cpu"))
     load_checkpoint(run_dir, learner, replay=False)
     seed = derived_seed(args.seed, "evaluation", learner.env_step)
     results, frames = evaluate(learner.agent, envs, args.eval_episodes, seed, args.capture_video)

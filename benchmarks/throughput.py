@@ -115,6 +115,8 @@ def measure(args: Args, width: int, device: torch.device, flops_per_s: float, by
 
 def main(args: Args) -> None:
     device = brc_sac.choose_device(args.device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as in training: the peak must be that of the same precision
     widths = args.widths or ((256, 512, 1024) + ((2048, 4096, 8192) if device.type == "cuda" else ()))
     flops_per_s, bytes_per_s = matmul_peak(device), copy_bandwidth(device)
     threads = f"CPU, {torch.get_num_threads()} threads"

@@ -28,7 +28,7 @@ SUITES = {
         pretrain=tuple(task for task in TASKS if task not in TRANSFER),
         transfer=TRANSFER,
     ),
-    # What a newcomer runs first, on a laptop's CPU in minutes: five of the easiest.
+    # What a newcomer runs first, on a laptop's CPU in minutes: four of the easiest.
     "demo": Suite(tasks=("reach", "drawer-close", "handle-press", "coffee-button"), steps=36_000),
 }
 

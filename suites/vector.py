@@ -259,9 +259,9 @@ class _Worker:
 
 
 def _worker_main(pipe_fd: int, memory_fd: int) -> None:
-    # Ctrl-C at a terminal and a scheduler's SIGTERM reach the workers too: what they mean is for the parent to decide.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Ctrl-C at a terminal and a scheduler's signals reach the workers too: what they mean is for the parent to decide.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     os.set_inheritable(pipe_fd, False)
     os.set_inheritable(memory_fd, False)
     pipe = Connection(pipe_fd)

@@ -593,6 +593,8 @@ def test_the_actor_step_leaves_critic_and_embedding_alone(rng):
     first, second = agents
     for part in ("critic", "target"):
         assert all(map(torch.equal, getattr(first, part).parameters(), getattr(second, part).parameters())), part
+    gradients = zip(first.critic.parameters(), second.critic.parameters(), strict=True)
+    assert all(torch.equal(a.grad, b.grad) for a, b in gradients), "work for nothing: nobody uses these gradients"
     assert not any(map(torch.equal, before, first.critic.parameters())), "the critic step moves every parameter"
     weights = first.actor.body.dense0.weight, second.actor.body.dense0.weight
     assert not torch.equal(*weights)
