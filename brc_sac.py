@@ -1150,7 +1150,7 @@ class Signals:
 
 
 def check_finite(learner: Learner, metrics: dict[str, Tensor], run_dir: Path) -> None:
-    """Raises RunError, and dumps the batch, if a loss or an action is NaN or infinite. The device was waited for just before."""
+    """Raises RunError, and dumps the batch, if a loss or an action is NaN or infinite. The device was just waited for."""
     for name in ("critic_loss", "actor_loss", "temperature_loss", "action"):
         if name in metrics and not metrics[name].isfinite():
             culprits = {f"{field} of {learner.args.tasks[task]}"
