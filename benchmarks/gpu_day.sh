@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What to measure on a machine with a GPU, in pieces of under ten minutes that leave small files in OUT:
+# What to measure on a machine with a GPU, in pieces of under ten minutes that leave small files in OUT. The packages of
+# requirements.txt must be there (torch may be the machine's own, 2.11 or later):
 #
 #   benchmarks/gpu_day.sh update OUT    time of one update at every width against its floor, eager and compiled
 #   benchmarks/gpu_day.sh parity OUT    the reference vectors (float32, on the CPU of that machine and its torch)
@@ -25,7 +26,7 @@ parity)
     for file in tests/reference/*.npz; do "$python" -m tests.parity "$file"; done | tee "$out/parity.txt" | grep quantities
     ;;
 learn)
-    run=$out/learn
+    run=${RUN_DIR:-runs/gpu_learn}  # its checkpoints and replay are gigabytes: not in OUT
     if [ -e "$run/checkpoint.pt" ]; then arguments="--resume $run"; else
         arguments="${LEARN:---suite mw --width 4096 --eval-interval 5000} --run-dir $run"; fi
     # SIGTERM: finish the step, write a checkpoint, exit with 143
