@@ -5,7 +5,7 @@ SAC + two BroNet critics with categorical cross-entropy TD + learned task embedd
 
     python brc_sac.py --suite demo                          four MetaWorld tasks on a laptop's CPU, minutes
     python brc_sac.py --suite mw --width 4096               MetaWorld-50 as in the paper (one GPU)
-    python brc_sac.py --suite mw --split pretrain           the 45 tasks that transfer.py starts from
+    python brc_sac.py --suite mw --split pretrain           the 45 tasks that the paper pretrains on
     python brc_sac.py --tasks ball_in_cup-catch             single-task mode: batch 256, no task embedding
     python brc_sac.py --tasks walker-run reach hopper-hop   any mix of tasks; observations and actions are padded
     python brc_sac.py --suite demo --total-steps 300 --learning-starts 100 --eval-episodes 1     CPU smoke test
@@ -103,7 +103,7 @@ class Args:
     checkpoint_interval: int | None = None
     """Environment steps per task between checkpoints; default every evaluation."""
     save_replay: bool = True
-    """Keep the replay in the checkpoints; without it a run can be evaluated and transferred, but not resumed."""
+    """Keep the replay in the checkpoints; without it a run can be evaluated, but not resumed."""
 
     updates_per_step: int = 2
     """Gradient updates per environment step of all tasks in parallel (paper)."""
@@ -174,7 +174,7 @@ def resolve(args: Args) -> Args:
     atari = [task for task in tasks if suites.benchmark(task) is suites.atari]
     if atari:
         raise UsageError(f"{atari[0]} is an Atari game, played from pixels: brc_sac.py runs continuous control only, "
-                         "so leave the games out, or use brc_drq.py for them.")
+                         "so leave the games out.")
     label = args.suite + "-pretrain" * (args.split == "pretrain")
     if args.tasks:
         label = "-".join(tasks) if len(tasks) <= 3 else f"{len(tasks)}tasks"
@@ -1057,7 +1057,7 @@ def load_checkpoint(run_dir: Path, learner: "Learner", replay: bool = True) -> N
             state = read_file(run_dir / name)
             if replay and not state["segments"]:
                 raise CheckpointError(f"{run_dir / name} was saved without its replay (--no-save-replay): "
-                                      "it serves --evaluate and transfer.py, and cannot be resumed")
+                                      "it serves --evaluate only, and cannot be resumed")
             files = [run_dir / "replay" / segment["file"] for segment in state["segments"]]
             segments = [read_file(file) for file in files] if replay else []
         except CheckpointError as error:
