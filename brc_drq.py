@@ -99,8 +99,9 @@ class Args:
     save_replay: bool = True
     """Keep the replay in the checkpoints; without it a run can be evaluated, but not resumed."""
 
-    updates_per_step: int = 2
-    """Gradient updates per environment step of all tasks in parallel (paper)."""
+    updates_per_step: int | None = None
+    """Gradient updates per environment step of all tasks in parallel; default 2 (paper), at an encoder scale of a quarter
+    or less, which is for a CPU, 1 (DrQ-eps)."""
     batch_size: int | None = None
     """Transitions per update over all tasks; default 256 (paper), at an encoder scale of a quarter or less 32 (DrQ-eps)."""
     learning_starts: int = 1600
@@ -131,6 +132,8 @@ class Args:
     """Share of random actions in training at the end of its decay from 1 (paper)."""
     epsilon_decay_steps: int = 5000
     """Environment steps of that decay, counted from --learning-starts (paper; from where as DrQ-eps)."""
+    max_frames: int = 108_000
+    """Frames after which an episode is truncated, four per environment step (Atari-100k)."""
     clip_rewards: bool = True
     """Learn from rewards clipped to [-1, 1] (DrQ-eps); scores are of raw rewards."""
     shift_pad: int = 4
@@ -147,10 +150,13 @@ class RunError(RuntimeError):
     """A run that cannot go on; its message says why and what is left of it."""
 
 
+# What DrQ-eps itself uses, an eighth or a sixteenth of the work; measured in benchmarks/README.md.
+SMALL = dict(batch_size=32, updates_per_step=1)
+
 # Smallest and largest value of each number.
 BOUNDS = dict.fromkeys(
     ("total_steps", "eval_interval", "eval_episodes", "log_interval", "checkpoint_interval", "updates_per_step",
-     "batch_size", "n_step", "hidden_width", "embedding_dim", "epsilon_decay_steps"),
+     "batch_size", "n_step", "hidden_width", "embedding_dim", "epsilon_decay_steps", "max_frames"),
     (1, float("inf")),
 ) | {
     "seed": (0, float("inf")), "num_atoms": (2, float("inf")), "encoder_scale": (1 / 128, 64),
@@ -177,8 +183,9 @@ def resolve(args: Args) -> Args:
     label = args.suite
     if args.tasks:
         label = "-".join(tasks) if len(tasks) <= 3 else f"{len(tasks)}tasks"
-    args = fill(dataclasses.replace(args, tasks=tasks), total_steps=suites.SUITES["atari"].steps,
-                batch_size=256 if args.encoder_scale > 0.25 else 32, exp_name=f"brc_drq-{label}")
+    defaults = {"total_steps": suites.SUITES["atari"].steps, "exp_name": f"brc_drq-{label}"}
+    defaults |= dict(batch_size=256, updates_per_step=2) if args.encoder_scale > 0.25 else SMALL
+    args = fill(dataclasses.replace(args, tasks=tasks), **defaults)
     args = fill(args, checkpoint_interval=max(1, args.total_steps // 20))
     if args.compile and not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
         raise UsageError("--compile needs a C++ compiler, and none of c++, g++ and clang++ is on the PATH: install "
@@ -1168,7 +1175,7 @@ def check_finite(learner: Learner, metrics: dict[str, Tensor], run_dir: Path) ->
     if metrics and not metrics["critic_loss"].isfinite():
         culprits = {f"{field} of {learner.args.tasks[task]}"
                     for field, values in learner.batch._asdict().items()
-                    for task in learner.batch.task_id[~values.isfinite().view(len(values), -1).all(1)].tolist()}
+                    for task in learner.batch.task_id[~values.isfinite().reshape(len(values), -1).all(1)].tolist()}
         torch.save(learner.batch._asdict(), run_dir / "nonfinite_batch.pt")
         raise RunError(f"critic_loss is {metrics['critic_loss'].item()} at step {learner.env_step:,}; not finite in its "
                        f"batch: {', '.join(sorted(culprits)) or 'nothing, so the network diverged'}. The batch is in "
@@ -1191,8 +1198,8 @@ def train(args: Args) -> list[dict]:
     if args.track and importlib.util.find_spec("wandb") is None:
         raise UsageError("--track needs W&B, which is not installed: pip install wandb, or leave --track out.")
     suites.check(args.tasks)
-    envs = Games(args.tasks)
-    eval_envs = Games([task for task in args.tasks for _ in range(args.eval_episodes)])
+    envs = Games(args.tasks, args.max_frames)
+    eval_envs = Games([task for task in args.tasks for _ in range(args.eval_episodes)], args.max_frames)
     learner = Learner(args, device, choose_replay_device(args, device))
     if args.resume:
         load_checkpoint(run_dir, learner)
@@ -1293,7 +1300,7 @@ def evaluate_run(args: Args) -> None:
     """--evaluate: prints the table of tasks for a run's last checkpoint, with or without its replay."""
     run_dir, device = Path(args.evaluate), choose_device(args.device)
     suites.check(args.tasks)
-    envs = Games([task for task in args.tasks for _ in range(args.eval_episodes)])
+    envs = Games([task for task in args.tasks for _ in range(args.eval_episodes)], args.max_frames)
     args = fill(args, precision="tf32" if device.type == "cuda" else "fp32")
     no_replay = dataclasses.replace(args, buffer_size=args.n_step)
     learner = Learner(no_replay, device, choose_device("cpu"))
