@@ -7,6 +7,7 @@ import pytest
 
 import suites
 from suites import atari
+from suites.atari import Games
 from suites.base import SuiteError
 
 GAMES = atari.TASKS + atari.TRANSFER
@@ -96,3 +97,89 @@ def test_rewards_are_raw_and_a_lost_life_does_not_end_the_episode():
     assert max(reward for reward, *_ in steps) > 1.0
     lost = next(i for i in range(1, 400) if steps[i][3] < steps[i - 1][3])
     assert not steps[lost][1] and not steps[lost][2]
+
+
+# ------------------------------------------------------------------------------------------------- the native games
+
+
+def gymnasium_start(game: str, noops: int):
+    """`make`'s environment, reset with that many no-ops."""
+    env = suites.make(game, seed=0)
+    for seed in range(300):
+        obs, info = env.reset(seed=seed)
+        if info["episode_frame_number"] == noops:
+            return env, obs, info
+    raise AssertionError(f"no seed gives {noops} no-ops")
+
+
+@pytest.mark.parametrize(
+    ("game", "over"),  # games whose first episodes end within 400 random steps, and others
+    [("Breakout", True), ("Qbert", True), ("Pong", False), ("Freeway", False), ("Seaquest", False), ("Venture", False)],
+)
+def test_native_frames_rewards_lives_and_ends_equal_gymnasiums(game, over):
+    games = Games((game,))
+    games.reset(seed=0)  # for the lives
+    native, start = games.envs[0].reset(seed=3)
+    noops = start["episode_frame_number"][0]
+    assert noops >= 1  # as Gymnasium's are
+    env, obs, info = gymnasium_start(game, noops)
+    np.testing.assert_array_equal(native[0], obs)
+    rng, episodes, total = np.random.default_rng(0), 0, 0.0
+    for _ in range(400):
+        action, lives = int(rng.integers(18)), info["lives"]
+        step = games.step(np.array([action]))
+        obs, reward, terminated, truncated, info = env.step(action)
+        np.testing.assert_array_equal(step.next_obs[0], obs)  # the final one too, not the reset's
+        assert (step.reward[0], step.terminated[0], step.truncated[0]) == (reward, terminated, truncated)
+        assert step.life_lost[0] == (info["lives"] < lives and not terminated)
+        total += abs(reward)
+        if terminated:
+            episodes += 1
+            assert not step.obs[0, :3].any() and step.obs[0, 3].any()  # a new episode has begun
+            break
+        np.testing.assert_array_equal(step.obs, step.next_obs)
+    assert episodes == over and (total > 0 or game in ("Freeway", "Seaquest", "Venture"))
+    games.close()
+
+
+def test_native_starts_have_0_to_30_noops_and_follow_the_seed():
+    games = Games(("Pong",))
+    first, again, other = games.reset(seed=1), games.reset(seed=1), games.reset(seed=2)
+    np.testing.assert_array_equal(first, again)
+    noops = {int(games.envs[0].reset()[1]["episode_frame_number"][0]) for _ in range(300)}
+    assert noops == set(range(31))
+    both = Games(("Pong", "Pong"))
+    one, two = both.reset(seed=5)
+    assert not np.array_equal(one, two) or not np.array_equal(first, other)
+
+
+def test_a_truncated_game_shows_its_final_frame_and_starts_anew():
+    games, free = Games(("Pong", "Alien"), max_frames=80), Games(("Pong", "Alien"))
+    np.testing.assert_array_equal(games.reset(seed=0), free.reset(seed=0))
+    for t in range(1, 21):
+        step, unlimited = (envs.step(np.array([3, 4])) for envs in (games, free))
+        np.testing.assert_array_equal(step.next_obs, unlimited.next_obs)
+        assert step.truncated.tolist() == [t == 20] * 2 and not step.terminated.any() and not step.life_lost.any()
+    assert not step.obs[:, :3].any() and unlimited.obs[:, :3].any()
+
+
+def test_the_rows_of_some_games_step_alone():
+    games, alone = Games(("Pong", "Breakout", "Alien")), Games(("Pong", "Breakout", "Alien"))
+    games.reset(seed=0)
+    alone.reset(seed=0)
+    for _ in range(5):
+        expected = games.step(np.array([0, 3, 5]))
+        alone.step(np.array([0]), np.array([0]))
+    for _ in range(5):
+        step = alone.step(np.array([3, 5]), np.array([1, 2]))
+    np.testing.assert_array_equal(step.obs, expected.obs[1:])
+
+
+def test_all_46_games_run_natively():
+    games = Games(GAMES)
+    obs = games.reset(seed=0)
+    assert obs.shape == (46, 4, 84, 84) and obs.dtype == np.uint8 and obs[:, 3].any((1, 2)).all()
+    for _ in range(5):
+        step = games.step(np.full(46, 17))
+    assert step.reward.dtype == np.float32 and step.obs.shape == (46, 4, 84, 84)
+    games.close()
