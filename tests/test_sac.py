@@ -256,7 +256,7 @@ def test_observations_are_stored_once_in_float32():
     held = [value for value in vars(buffer).values() if hasattr(value, "nbytes")]
     assert buffer.nbytes <= sum(value.nbytes for value in held) <= buffer.nbytes + 1000
     per_transition = buffer.nbytes / (3 * 6400)
-    once = 4 * 39 + 4 * 4 + 4 + 1  # observation, action, reward, terminated
+    once = 4 * (39 + 4 + 1 + 1)  # observation, action, reward, terminated
     assert once < per_transition < 1.02 * once + 8  # 1/64 more rows for final observations, and two 4-byte indices
 
 
