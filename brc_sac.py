@@ -25,8 +25,10 @@ Sections, in reading order:
 Shapes: B batch, E ensemble, K atoms, N tasks, O observation, A action, H width.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -84,6 +86,8 @@ class Args:
     """Device of the replay buffer; default the training device."""
     workers: int | None = None
     """Processes that step the environments (0 = in this process); default by the number of cores."""
+    precision: Literal["fp32", "tf32", "bf16"] | None = None
+    """Of the matrix products; all else is float32. Default tf32 on NVIDIA GPUs (float32 elsewhere), fp32 on a CPU."""
     compile: bool | None = None
     """torch.compile the losses: about a fifth faster on a CPU, after half a minute of compilation; default on for runs
     of 20,000 updates or more where there is a C++ compiler."""
@@ -258,12 +262,16 @@ from tqdm import tqdm  # noqa: E402
 # -------------------------------------------------------------------------------------------------------- networks
 
 
-def dense(in_features: int, out_features: int, gain: float = 2**0.5) -> nn.Linear:
-    """Linear layer with orthogonal weights and zero bias (release)."""
-    layer = nn.Linear(in_features, out_features)
-    nn.init.orthogonal_(layer.weight, gain)
-    nn.init.zeros_(layer.bias)
-    return layer
+class Dense(nn.Linear):
+    """Linear layer with orthogonal weights and zero bias (release); float32 out, also where autocast multiplies in bf16."""
+
+    def __init__(self, in_features: int, out_features: int, gain: float = 2**0.5):
+        super().__init__(in_features, out_features)
+        nn.init.orthogonal_(self.weight, gain)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).float()
 
 
 def layer_norm(width: int) -> nn.LayerNorm:
@@ -275,8 +283,8 @@ class BroNetBlock(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.dense1, self.ln1 = dense(width, width), layer_norm(width)
-        self.dense2, self.ln2 = dense(width, width), layer_norm(width)
+        self.dense1, self.ln1 = Dense(width, width), layer_norm(width)
+        self.dense2, self.ln2 = Dense(width, width), layer_norm(width)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.ln2(self.dense2(F.relu(self.ln1(self.dense1(x)))))
@@ -287,7 +295,7 @@ class BroNet(nn.Module):
 
     def __init__(self, in_features: int, width: int, depth: int):
         super().__init__()
-        self.dense0, self.ln0 = dense(in_features, width), layer_norm(width)
+        self.dense0, self.ln0 = Dense(in_features, width), layer_norm(width)
         self.blocks = nn.Sequential(*(BroNetBlock(width) for _ in range(depth)))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -316,7 +324,7 @@ class Critic(nn.Module):
         in_features = obs_dim + act_dim + (args.embedding_dim if num_tasks > 1 else 0)
         # A plain loop over two members beats vmap and batched matmuls on CPU.
         self.members = nn.ModuleList(
-            nn.Sequential(BroNet(in_features, args.width, args.critic_depth), dense(args.width, args.num_atoms))
+            nn.Sequential(BroNet(in_features, args.width, args.critic_depth), Dense(args.width, args.num_atoms))
             for _ in range(2)
         )
         self.register_buffer("atoms", torch.linspace(-args.v_max, args.v_max, args.num_atoms), persistent=False)  # [K]
@@ -331,7 +339,7 @@ class Critic(nn.Module):
 
     def q_values(self, logits: Tensor) -> Tensor:
         """Expected value [B] of logits [E, B, K]: the mean over the ensemble, no minimum."""
-        return logits.softmax(-1).mean(0) @ self.atoms
+        return (logits.softmax(-1).mean(0) * self.atoms).sum(-1)  # a matrix product would fall under autocast
 
 
 class Actor(nn.Module):
@@ -341,8 +349,8 @@ class Actor(nn.Module):
         super().__init__()
         in_features = obs_dim + (args.embedding_dim if num_tasks > 1 else 0)
         self.body = BroNet(in_features, args.actor_width, args.actor_depth)
-        self.mean = dense(args.actor_width, act_dim)
-        self.log_std = dense(args.actor_width, act_dim, gain=1.0)
+        self.mean = Dense(args.actor_width, act_dim)
+        self.log_std = Dense(args.actor_width, act_dim, gain=1.0)
 
     def forward(self, obs: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
         """Mean [B, A] and log standard deviation [B, A], in [-10, 2], of the Gaussian before tanh."""
@@ -473,17 +481,13 @@ class ReplayBuffer:
     transition. `row_of` lists the rows that are transitions, so that sampling is uniform and never crosses an episode.
     """
 
-    RINGS = ("obs", "action", "reward", "terminated")
-
     def __init__(self, num_tasks: int, obs_dim: int, act_dim: int, capacity: int, device: str | torch.device = "cpu"):
         """capacity: transitions per task (fewer are kept if episodes are shorter than 64 steps on average)."""
         self.num_tasks, self.capacity, self.device = num_tasks, capacity, torch.device(device)
         self.rows = capacity + capacity // 64 + 2  # room for final observations
+        self.fields = (obs_dim, act_dim, 1, 1)  # of a row: obs, action, reward, terminated
         # empty, not zeros: a CPU gives memory page by page as the ring fills.
-        self.obs = torch.empty(num_tasks, self.rows, obs_dim, device=device)
-        self.action = torch.empty(num_tasks, self.rows, act_dim, device=device)
-        self.reward = torch.empty(num_tasks, self.rows, device=device)
-        self.terminated = torch.empty(num_tasks, self.rows, dtype=torch.bool, device=device)
+        self.ring = torch.empty(num_tasks, self.rows, sum(self.fields), device=device)
         self.row_of = torch.empty(num_tasks, capacity, dtype=torch.int32, device=device)  # transition % capacity -> row
         self.window = torch.zeros(2, num_tasks, dtype=torch.int64, device=device)  # first kept transition, how many
         # The host knows the whole layout, so that adding never asks the device. These counters only ever grow:
@@ -495,29 +499,31 @@ class ReplayBuffer:
     @property
     def nbytes(self) -> int:
         """Bytes of the rings when full."""
-        rings = (self.obs, self.action, self.reward, self.terminated, self.row_of, self.transition_at)
-        return sum(ring.nbytes for ring in rings)
+        return self.ring.nbytes + self.row_of.nbytes + self.transition_at.nbytes
 
     def add(self, obs: np.ndarray, action: np.ndarray, reward: np.ndarray, terminated: np.ndarray,
             truncated: np.ndarray, next_obs: np.ndarray) -> None:
         """Stores one step of every task: [N, O], [N, A], [N], [N], [N], [N, O]; next_obs is never a reset's."""
-        tasks = np.arange(self.num_tasks)
-        row = self.head % self.rows
-        self._write(self.obs, tasks, row, obs)
-        self._write(self.action, tasks, row, action)
-        self._write(self.reward, tasks, row, reward)
-        self._write(self.terminated, tasks, row, terminated)
+        tasks, row = np.arange(self.num_tasks), self.head % self.rows
+        values = np.concatenate([obs, action, reward[:, None], terminated[:, None]], axis=1, dtype=np.float32)
+        self._write(self.ring, tasks, row, values)
         self._write(self.row_of, tasks, self.stop % self.capacity, row.astype(np.int32))
         self.transition_at[tasks, row] = self.stop
         self.stop += 1
         self._open_row(tasks)
-        self._write(self.obs, tasks, self.head % self.rows, next_obs)
+        self._write(self.ring[..., :obs.shape[1]], tasks, self.head % self.rows, next_obs)
         self._open_row(np.flatnonzero(terminated | truncated))
+        self._write_window()
 
     def cut(self) -> None:
         """Ends every running episode as truncated: its current observation becomes the final one."""
         running = self.transition_at[np.arange(self.num_tasks), (self.head - 1) % self.rows] >= 0
         self._open_row(np.flatnonzero(running))
+        self._write_window()
+
+    def current_obs(self) -> Tensor:
+        """The newest observation [N, O] of every task."""
+        return self.ring[np.arange(self.num_tasks), self.head % self.rows, :self.fields[0]]
 
     def _open_row(self, tasks: np.ndarray) -> None:
         """Moves the heads of `tasks` by one row, over whatever was oldest there."""
@@ -526,23 +532,21 @@ class ReplayBuffer:
         self.first[tasks] = np.maximum(self.first[tasks], self.transition_at[tasks, row] + 1)
         self.first = np.maximum(self.first, self.stop - self.capacity)
         self.transition_at[tasks, row] = -1
-        self._write_window()
-
-    def _write_window(self) -> None:
-        self.window.copy_(torch.from_numpy(np.stack([self.first, self.stop - self.first])), non_blocking=True)
 
     def _write(self, ring: Tensor, tasks: np.ndarray, row: np.ndarray, values: np.ndarray) -> None:
         ring[tasks, row] = torch.from_numpy(values).to(self.device, non_blocking=True)
+
+    def _write_window(self) -> None:
+        self.window.copy_(torch.from_numpy(np.stack([self.first, self.stop - self.first])), non_blocking=True)
 
     def export(self, since: np.ndarray) -> dict[str, Tensor]:
         """Rows from number `since` [N] up to and with the current one, which holds only its observation."""
         since = np.maximum(since, self.head - self.rows + 1)
         task = np.repeat(np.arange(self.num_tasks), self.head - since + 1)
         number = np.concatenate([np.arange(first, last + 1) for first, last in zip(since, self.head, strict=True)])
-        row = number % self.rows
-        layout = {"task": task, "number": number, "transition": self.transition_at[task, row]}
+        layout = {"task": task, "number": number, "transition": self.transition_at[task, number % self.rows]}
         return {name: torch.from_numpy(values) for name, values in layout.items()} | {
-            name: getattr(self, name)[task, row].cpu() for name in self.RINGS
+            "row": self.ring[task, number % self.rows].cpu()
         }
 
     def load(self, counters: dict[str, Tensor], segments: Iterable[dict[str, Tensor]]) -> None:
@@ -553,8 +557,7 @@ class ReplayBuffer:
             kept = segment["number"].numpy() > self.head[segment["task"]] - self.rows
             task, number, transition = (segment[name].numpy()[kept] for name in ("task", "number", "transition"))
             row = number % self.rows
-            for name in self.RINGS:
-                getattr(self, name)[task, row] = segment[name][kept].to(self.device)
+            self.ring[task, row] = segment["row"][kept].to(self.device)
             self.transition_at[task, row] = transition
             real = transition >= np.maximum(0, self.stop[task] - self.capacity)
             self._write(self.row_of, task[real], transition[real] % self.capacity, row[real].astype(np.int32))
@@ -572,14 +575,9 @@ class ReplayBuffer:
         first, size = self.window[:, task_id]
         transition = first + torch.randint(2**62, **draw) % size
         row = self.row_of[task_id, transition % self.capacity].long()
-        return Batch(
-            obs=self.obs[task_id, row],
-            action=self.action[task_id, row],
-            reward=self.reward[task_id, row],
-            terminated=self.terminated[task_id, row].float(),
-            next_obs=self.obs[task_id, (row + 1) % self.rows],
-            task_id=task_id,
-        )
+        obs, action, reward, terminated = self.ring[task_id, row].split(self.fields, dim=-1)
+        next_obs = self.ring[task_id, (row + 1) % self.rows, :obs.shape[1]]
+        return Batch(obs, action, reward.squeeze(-1), terminated.squeeze(-1), next_obs, task_id)
 
 
 # ---------------------------------------------------------------------------------------------------------- update
@@ -620,7 +618,7 @@ def critic_loss(critic: Critic, target: Critic, actor: Actor, temperature: Tenso
     logits = critic(batch.obs, batch.action, embedding)  # [E, B, K]
     cross_entropy = -(target_probs * logits.log_softmax(-1)).sum(-1)  # [E, B]
     loss = cross_entropy.mean(1).sum()
-    return loss, {"critic_loss": loss.detach(), "target_q": (target_probs @ critic.atoms).mean()}
+    return loss, {"critic_loss": loss.detach(), "target_q": (target_probs * critic.atoms).sum(-1).mean()}
 
 
 def actor_loss(critic: Critic, actor: Actor, temperature: Tensor, batch: Batch, noise: Tensor
@@ -670,12 +668,13 @@ class Agent:
         self.critic_optimizer = make_adamw(self.critic_parameters, args)
         self.actor_optimizer = make_adamw(list(self.actor.parameters()), args)
         self.temperature_optimizer = make_temperature_adam(self.log_temperature, args)
-        # The one place that decides how the update runs: eager is the same code.
+        # The one place that decides how the update runs: eager in float32 is the same code.
         self.critic_loss, self.actor_loss = critic_loss, actor_loss
         if args.compile:
             self.critic_loss, self.actor_loss = torch.compile(critic_loss), torch.compile(actor_loss)
-        if self.device.type == "cuda":
-            torch.set_float32_matmul_precision("high")  # TF32: five times the speed of float32
+        precision = args.precision or ("tf32" if self.device.type == "cuda" else "fp32")
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
 
     @property
     def temperature(self) -> Tensor:
@@ -689,15 +688,17 @@ class Agent:
         """
         temperature = self.temperature
         # 1-3: next action and target distribution, cross-entropy, critic and embedding step
-        loss, critic_metrics = self.critic_loss(self.critic, self.target, self.actor, temperature, self.args.gamma,
-                                                batch, next_noise)
+        with self.autocast:
+            loss, critic_metrics = self.critic_loss(self.critic, self.target, self.actor, temperature, self.args.gamma,
+                                                    batch, next_noise)
         optimize(self.critic_optimizer, loss)
         # 4: target <- tau critic + (1 - tau) target
         with torch.no_grad():
             torch._foreach_lerp_(self.target_parameters, self.critic_parameters, self.args.tau)
         # 5: actor step through the new critic
         self.critic.requires_grad_(False)  # its weight gradients would be a seventh of all the work
-        loss, log_prob, actor_metrics = self.actor_loss(self.critic, self.actor, temperature, batch, noise)
+        with self.autocast:
+            loss, log_prob, actor_metrics = self.actor_loss(self.critic, self.actor, temperature, batch, noise)
         self.critic.requires_grad_(True)
         optimize(self.actor_optimizer, loss)
         # 6: temperature step with the entropy of step 5
@@ -788,7 +789,7 @@ class Learner:
     def cut_episodes(self) -> None:
         """Ends the running episodes as truncated: environments start anew after a resume."""
         tasks = np.arange(len(self.args.tasks))
-        last_value = self.raw_value(self.buffer.obs[tasks, self.buffer.head % self.buffer.rows].cpu().numpy())
+        last_value = self.raw_value(self.buffer.current_obs().cpu().numpy())
         for task in tasks:
             if self.normalizer.episode_rewards[task]:
                 self.normalizer.finish(task, False, 0.0 if last_value is None else last_value[task])
@@ -826,6 +827,9 @@ class Learner:
 # ------------------------------------------------------------------------------------------------------ evaluation
 
 
+VIDEO_STRIDE = 4  # environment steps per frame
+
+
 def evaluate(agent: Agent, envs: VectorEnv, episodes: int, seed: int, video: bool = False,
              stop: Callable[[], object] = lambda: None) -> tuple[list[dict], list] | None:
     """Runs the deterministic policy, tanh of the mean, for exactly `episodes` episodes of every task.
@@ -839,13 +843,15 @@ def evaluate(agent: Agent, envs: VectorEnv, episodes: int, seed: int, video: boo
     episode_return, episode_success = np.zeros(envs.num_envs), np.full(envs.num_envs, np.nan)
     frames: list[list[np.ndarray]] = [[] for _ in envs.tasks]
     obs = envs.reset(seed=seed)
-    while any(len(result["return"]) < episodes for result in results):
+    for step in itertools.count():
+        if all(len(result["return"]) == episodes for result in results):
+            break
         if stop():
             return None
-        if video:
+        if video and step % VIDEO_STRIDE == 0 and not all(result["return"] for result in results):
             for task, frame in enumerate(envs.render()):
                 if not results[task]["return"]:
-                    frames[task].append(frame)
+                    frames[task].append(frame[::2, ::2])  # 240 x 240
         action = agent.act(torch.from_numpy(obs).to(agent.device), noise=None)
         result = envs.step(action.cpu().numpy())
         obs = result.obs
@@ -890,19 +896,34 @@ class Logger:
     COLUMNS = "exp_name,env_name,seed,metric,env_step,value"
 
     def __init__(self, args: Args, run_dir: Path, first_step: int):
-        self.args, self.run_dir, self.path, self.unwritten = args, run_dir, run_dir / "metrics.csv", b""
+        self.args, self.run_dir, self.path = args, run_dir, run_dir / "metrics.csv"
         if args.track:
             import wandb
 
             wandb.init(project=os.environ.get("WANDB_PROJECT", "brc"), name=run_dir.name, id=run_dir.name,
                        resume="allow", config=dataclasses.asdict(args), dir=str(run_dir), sync_tensorboard=True)
-        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
         text = self.path.read_bytes() if self.path.exists() else b""
-        if not text.endswith(b"\n"):  # a new file, or a kill left half a line
-            text = text[:text.rfind(b"\n") + 1] or f"{self.COLUMNS}\n".encode()
-            self.path.write_bytes(text)
-        rows = [line.split(",") for line in text.decode().splitlines()[1:]]
+        complete = text.rfind(b"\n") + 1
+        rows = [line.split(",") for line in text[:complete].decode().splitlines()[1:]]
         self.written = {(row[1], row[3], int(row[4])) for row in rows}
+        self.unwritten = b"" if complete else f"{self.COLUMNS}\n".encode()
+        self.writer = None
+        try:
+            if complete < len(text):  # a kill left half a line
+                os.truncate(self.path, complete)
+            self.append()
+            self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+        except OSError as error:
+            tqdm.write(f"The logs in {run_dir} cannot be written ({error}); the run goes on without TensorBoard.")
+
+    def append(self) -> None:
+        """Writes the rows of metrics.csv that wait to be written; those that cannot be wait for the next time."""
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                self.unwritten = self.unwritten[file.write(self.unwritten):]
+                os.fsync(file.fileno())
+        except OSError as error:
+            tqdm.write(f"metrics.csv cannot be written ({error}); its new rows wait for the next evaluation.")
 
     def has(self, env_step: int) -> bool:
         """Whether the evaluation at `env_step` is recorded; the mean score is its last row."""
@@ -917,12 +938,7 @@ class Logger:
                 row = f"{self.args.exp_name},{task},{self.args.seed},{metric},{env_step},{value:.6g}\n"
                 self.unwritten += row.encode()
         self.written |= rows.keys()
-        try:
-            with open(self.path, "ab", buffering=0) as file:
-                self.unwritten = self.unwritten[file.write(self.unwritten):]
-                os.fsync(file.fileno())
-        except OSError as error:
-            tqdm.write(f"metrics.csv cannot be written ({error}); its new rows wait for the next evaluation.")
+        self.append()
         self.tensorboard(lambda writer: [writer.add_scalar(f"eval_{metric}/{task}", value, env_step)
                                          for (task, metric, env_step), value in rows.items()])
         if learner.agent.critic.embedding:
@@ -946,7 +962,7 @@ class Logger:
         paths = write_videos(self.args.tasks, frames, self.run_dir, env_step)
         images = [Summary.Image(colorspace=3, encoded_image_string=path.read_bytes()) for path in paths]
         summary = Summary(value=[Summary.Value(tag=f"video/{task}", image=image)
-                                 for task, image in zip(self.args.tasks, images, strict=True)])
+                                 for task, image in zip(self.args.tasks, images)])
         self.tensorboard(lambda writer: writer._get_file_writer().add_summary(summary, env_step))
 
     def tensorboard(self, write: Callable[[SummaryWriter], object]) -> None:
@@ -960,13 +976,17 @@ class Logger:
 
 
 def write_videos(tasks: tuple[str, ...], frames: list[list[np.ndarray]], run_dir: Path, env_step: int) -> list[Path]:
-    """Writes every fourth frame of each task's episode as a GIF under `run_dir`/videos."""
+    """Writes the frames of each task's episode as a GIF under `run_dir`/videos; none if the disk fails."""
     import imageio.v3 as imageio
 
-    (run_dir / "videos").mkdir(exist_ok=True)
     paths = [run_dir / "videos" / f"{task}-{env_step}.gif" for task in tasks]
-    for path, episode in zip(paths, frames, strict=True):
-        imageio.imwrite(path, np.stack(episode[::4]), duration=80, loop=0)
+    try:
+        (run_dir / "videos").mkdir(exist_ok=True)
+        for path, episode in zip(paths, frames, strict=True):
+            imageio.imwrite(path, np.stack(episode), duration=20 * VIDEO_STRIDE, loop=0)
+    except OSError as error:
+        tqdm.write(f"The videos cannot be written ({error}).")
+        return []
     return paths
 
 
@@ -1094,8 +1114,8 @@ def derived_seed(seed: int, purpose: str, env_step: int = 0) -> int:
     return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1)[0] >> 1)
 
 
-def write_args(args: Args, run_dir: Path, device: torch.device) -> None:
-    """args.json: the resolved arguments and what else a reader needs to repeat the run."""
+def write_args(args: Args, run_dir: Path, device: torch.device, env_step: int) -> None:
+    """args.json: the arguments, what else a reader needs to repeat the run, and, under `resumed`, every resume."""
     git = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     here = Path(__file__).resolve().parent
     commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
@@ -1106,22 +1126,31 @@ def write_args(args: Args, run_dir: Path, device: torch.device) -> None:
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
         "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in packages},
     }
+    path = run_dir / "args.json"
+    if args.resume:
+        first = json.loads(path.read_text())
+        resumed = first.get("resumed", []) + [{"env_step": env_step} | facts]
+        facts = {name: first[name] for name in facts} | {"resumed": resumed}
+    arguments = dataclasses.asdict(args) | {"resume": None, "evaluate": None}
     aside = run_dir / "args.tmp"
-    aside.write_text(json.dumps(dataclasses.asdict(args) | facts, indent=2) + "\n")
-    os.replace(aside, run_dir / "args.json")
+    try:
+        aside.write_text(json.dumps(arguments | facts, indent=2) + "\n")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def describe(learner: Learner, run_dir: Path) -> None:
     """Prints what is about to run, and whether this machine can."""
     args, agent, device = learner.args, learner.agent, learner.device
     parameters = {name: sum(p.numel() for p in getattr(agent, name).parameters()) for name in agent.PARTS[:3]}
-    print(f"{args.exp_name}: {len(args.tasks)} task{'s' * (len(args.tasks) > 1)}, obs {learner.buffer.obs.shape[-1]}, "
+    print(f"{args.exp_name}: {len(args.tasks)} task{'s' * (len(args.tasks) > 1)}, obs {learner.buffer.fields[0]}, "
           f"act {agent.act_dim}, {args.total_steps:,} steps per task, in {run_dir}")
     print(f"device {device}, {torch.get_num_threads()} threads; {sum(parameters.values()):,} parameters ("
           + ", ".join(f"{name} {count:,}" for name, count in parameters.items())
           + f"); replay {learner.buffer.nbytes / 1e9:.2f} GB when full, on {learner.buffer.device}", flush=True)
     if device.type == "cpu":
-        obs, action = torch.zeros(args.batch_size, learner.buffer.obs.shape[-1]), torch.zeros(learner.noise_shape)
+        obs, action = torch.zeros(args.batch_size, learner.buffer.fields[0]), torch.zeros(learner.noise_shape)
         start = time.perf_counter()
         with torch.no_grad():
             agent.critic(obs, action, agent.critic.embed(torch.zeros(args.batch_size, dtype=torch.int64)))
@@ -1156,7 +1185,8 @@ def check_finite(learner: Learner, metrics: dict[str, Tensor], run_dir: Path) ->
             culprits = {f"{field} of {learner.args.tasks[task]}"
                         for field, values in learner.batch._asdict().items()
                         for task in learner.batch.task_id[~values.isfinite().view(len(values), -1).all(1)].tolist()}
-            torch.save(learner.batch._asdict(), run_dir / "nonfinite_batch.pt")
+            with contextlib.suppress(OSError, RuntimeError):  # a full disk shall not hide the cause
+                torch.save(learner.batch._asdict(), run_dir / "nonfinite_batch.pt")
             raise RunError(f"{name} is {metrics[name].item()} at step {learner.env_step:,}; not finite in its batch: "
                            f"{', '.join(sorted(culprits)) or 'nothing, so the network diverged'}. The batch is in "
                            f"{run_dir / 'nonfinite_batch.pt'}; the last checkpoint is from before.")
@@ -1182,17 +1212,23 @@ def train(args: Args) -> list[dict]:
     envs = VectorEnv(args.tasks, seed=args.seed, workers=workers)
     eval_envs = VectorEnv(args.tasks, seed=args.seed, workers=0 if args.capture_video else workers,
                           render=args.capture_video)
-    learner = Learner(args, envs.obs_dim, envs.act_dim, device, replay_device)
+    try:
+        learner = Learner(args, envs.obs_dim, envs.act_dim, device, replay_device)
+    except RuntimeError as error:  # torch's, also for a CPU
+        raise UsageError(f"The networks and the replay do not fit in memory ({str(error).splitlines()[0]}): give "
+                         "--replay-device cpu, or a smaller --buffer-size or --width.") from None
     if args.resume:
         load_checkpoint(run_dir, learner)
         learner.cut_episodes()
     signals = Signals()
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_args(args, run_dir, device)
-        logger = Logger(args, run_dir, learner.env_step)
+        write_args(args, run_dir, device, learner.env_step)
     except OSError as error:
-        raise UsageError(f"Run directory {run_dir} cannot be written ({error}): give another --run-dir.") from None
+        if not args.resume:
+            raise UsageError(f"Run directory {run_dir} cannot be written ({error}): give another --run-dir.") from None
+        print(f"{run_dir} cannot be written ({error}); the run goes on and tries again.", file=sys.stderr)
+    logger = Logger(args, run_dir, learner.env_step)
     describe(learner, run_dir)
     start_step, saved_step = learner.env_step, learner.env_step
 
@@ -1223,11 +1259,11 @@ def train(args: Args) -> list[dict]:
         bar.set_postfix(score=f"{means['score']:.3f}")
         return results
 
-    obs, metrics, results = envs.reset(seed=derived_seed(args.seed, "environments", learner.env_step)), {}, []
-    first_update = time.perf_counter()
+    metrics, results, first_update = {}, [], time.perf_counter()
     bar = tqdm(total=args.total_steps, initial=learner.env_step, unit="step", dynamic_ncols=True,
                mininterval=0.5 if sys.stderr.isatty() else 15)
     try:
+        obs = envs.reset(seed=derived_seed(args.seed, "environments", learner.env_step))
         while True:
             # Checkpoint first: a run that dies while it evaluates comes back here, and evaluates.
             due = learner.env_step % args.eval_interval == 0 or learner.env_step == args.total_steps
@@ -1265,6 +1301,10 @@ def train(args: Args) -> list[dict]:
             if learner.env_step % args.log_interval == 0 and metrics:
                 speed = (learner.env_step - start_step) / bar.format_dict["elapsed"]
                 logger.training(learner, metrics, speed)
+    except torch.OutOfMemoryError as error:
+        raise RunError(f"{device} is out of memory at step {learner.env_step:,} ({str(error).splitlines()[0]}): resume "
+                       f"with --replay-device cpu (python brc_sac.py --resume {run_dir}), or start with a smaller "
+                       "--batch-size or --width.") from None
     except EnvError as error:
         checkpoint()
         raise RunError(f"{error}\nStopped at step {learner.env_step:,}. To go on: "

@@ -43,7 +43,7 @@ class Args:
 
 def fill(learner: brc_sac.Learner, steps: int, draw: np.random.Generator) -> None:
     """Adds `steps` random transitions per task, in episodes of 200 steps."""
-    n, obs_dim, act_dim = learner.buffer.num_tasks, learner.buffer.obs.shape[-1], learner.buffer.action.shape[-1]
+    n, (obs_dim, act_dim, *_) = learner.buffer.num_tasks, learner.buffer.fields
     for _ in range(steps):
         learner.env_step += 1
         learner.buffer.add(

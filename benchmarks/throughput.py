@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -48,6 +49,8 @@ class Args:
     """Most seconds to spend on the timed updates of one width; at least 3 are timed."""
     compile: bool = False
     """torch.compile the losses, as training does for long runs."""
+    precision: Literal["fp32", "tf32", "bf16"] | None = None
+    """Of the matrix products and of their peak; default as in training, tf32 on a GPU and fp32 on a CPU."""
     json: Path | None = None
     """Also write the results to this file."""
 
@@ -63,12 +66,17 @@ def timed(function: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def matmul_peak(device: torch.device) -> float:
+def matmul_peak(device: torch.device, precision: str) -> float:
     """FLOP/s of a large square matrix product in the precision that training uses, best of 10."""
     n = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
     out = torch.empty_like(a)
-    return 2 * n**3 / min(timed(lambda: torch.mm(a, b, out=out), device) for _ in range(10))
+    seconds, deadline = [], time.perf_counter() + 10  # bf16 takes minutes on a CPU that does not have it
+    while len(seconds) < 10 and time.perf_counter() < deadline:
+        seconds.append(timed(lambda: torch.mm(a, b, out=out), device))
+    return 2 * n**3 / min(seconds)
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -82,7 +90,7 @@ def measure(args: Args, width: int, device: torch.device, flops_per_s: float, by
     """Median seconds of one update at `width`, and its floor."""
     tasks = tuple(str(task) for task in range(args.num_tasks))
     agent_args = dataclasses.replace(brc_sac.Args(), tasks=tasks, width=width, batch_size=args.batch_size,
-                                     compile=args.compile)
+                                     compile=args.compile, precision=args.precision)
     agent = brc_sac.Agent(agent_args, args.obs_dim, args.act_dim, args.num_tasks, device)
     draw = lambda *shape: torch.randn(*shape, device=device)  # noqa: E731
     batch = brc_sac.Batch(
@@ -115,14 +123,13 @@ def measure(args: Args, width: int, device: torch.device, flops_per_s: float, by
 
 def main(args: Args) -> None:
     device = brc_sac.choose_device(args.device)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, as in training: the peak must be that of the same precision
+    precision = args.precision or ("tf32" if device.type == "cuda" else "fp32")
     widths = args.widths or ((256, 512, 1024) + ((2048, 4096, 8192) if device.type == "cuda" else ()))
-    flops_per_s, bytes_per_s = matmul_peak(device), copy_bandwidth(device)
+    flops_per_s, bytes_per_s = matmul_peak(device, precision), copy_bandwidth(device)
     threads = f"CPU, {torch.get_num_threads()} threads"
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
     print(f"{hardware}, torch {torch.__version__}, matmul {flops_per_s / 1e9:,.0f} GFLOP/s "
-          f"(float32 precision '{torch.get_float32_matmul_precision()}'), copy {bytes_per_s / 1e9:,.1f} GB/s")
+          f"in {precision}, copy {bytes_per_s / 1e9:,.1f} GB/s")
     print(f"{'width':>6} {'parameters':>13} {'GFLOP':>8} {'update ms':>10} {'floor ms':>9} {'ratio':>6}")
     rows = []
     for width in widths:
@@ -132,7 +139,7 @@ def main(args: Args) -> None:
     if args.json:
         facts = {"hardware": hardware, "machine": platform.machine(), "torch": torch.__version__,
                  "date": datetime.date.today().isoformat(), "command": " ".join(sys.argv),
-                 "batch_size": args.batch_size, "compile": args.compile,
+                 "batch_size": args.batch_size, "compile": args.compile, "precision": precision,
                  "matmul_gflops": flops_per_s / 1e9, "copy_gb_per_s": bytes_per_s / 1e9}
         args.json.write_text(json.dumps(facts | {"updates": rows}, indent=2) + "\n")
 

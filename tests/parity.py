@@ -388,8 +388,9 @@ def observe_update(agent: brc_sac.Agent, vectors: Vectors, u: int) -> dict[str, 
             f"{name}/actions": sample.output[0], f"{name}/log_probs": sample.output[1],
         }
     (projection,), (positions,) = calls["project_categorical"], calls["target_positions"]
-    target_q = next(result for name, args, result in mode.operations
-                    if "matmul" in name and args[0] is projection.output)
+    weighted = next(result for name, args, result in mode.operations
+                    if "mul" in name and args[0] is projection.output and args[1] is agent.critic.atoms)
+    target_q = next(result for name, args, result in mode.operations if "sum" in name and args[0] is weighted)
     return values | {
         "next/target_logits": calls["target"][0].output, "next/probs": projection.inputs["probs"],
         "target/bin_values_unclipped": positions.output,

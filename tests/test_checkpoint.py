@@ -1,6 +1,7 @@
 """Checkpoints: exact resume, damaged files, failing disks, signals, and numbers that are not finite."""
 
 import dataclasses
+import json
 import os
 import random
 import signal
@@ -103,10 +104,10 @@ def assert_same_learner(first, second):
     for path, leaf in ours.items():
         assert same(leaf, theirs[path]), path
     one, other = (learner.buffer.export(np.zeros(2, np.int64)) for learner in (first, second))
-    real = one["transition"] >= 0  # the rows of final observations hold nothing else
+    for segment in (one, other):
+        segment["row"][segment["transition"] < 0, 3:] = 0  # a final row holds nothing but its observation
     for name in one:
-        rows = slice(None) if name in ("task", "number", "transition", "obs") else real
-        assert torch.equal(one[name][rows], other[name][rows]), name
+        assert torch.equal(one[name], other[name]), name
     # the next batch is the same too: indices, order and random stream
     for learner in (first, second):
         learner.generators["replay"].manual_seed(0)
@@ -233,7 +234,7 @@ def test_only_new_rows_are_written_and_old_segments_go(args):
     segments = {path.name: brc_sac.read_file(path) for path in (brc_sac.Path(args.run_dir) / "replay").iterdir()}
     assert "0000000040.pt" not in segments  # its rows have left the ring of about 50
     rows = EPISODE * 2 + 2  # of 40 steps, with two final observations
-    assert len(segments["0000000160.pt"]["obs"]) == 2 * (rows + 1)  # and the current one, of two tasks
+    assert len(segments["0000000160.pt"]["row"]) == 2 * (rows + 1)  # and the current one, of two tasks
 
 
 @pytest.fixture
@@ -257,6 +258,36 @@ def test_a_full_disk_is_survived(args, failing_disk, capsys):
     assert learner_of(args).env_step == 160
     batch = learner_of(args).buffer.sample(2000)
     assert batch.obs.isfinite().all() and len(batch.obs.unique(dim=0)) > 100  # the rows of the missed ones are there
+
+
+def test_a_run_is_resumed_where_nothing_can_be_written_at_first(args, failing_disk, monkeypatch, capsys):
+    run_until(args, 50)
+    metrics = brc_sac.Path(args.run_dir) / "metrics.csv"
+    complete = metrics.read_bytes()
+    metrics.write_bytes(complete + b"test,a,0,return,8")  # half a line, from a kill
+    failing_disk.append("No space left on device")  # the checkpoint at 80
+
+    def full_disk(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(brc_sac, "SummaryWriter", full_disk)
+    monkeypatch.setattr(brc_sac, "write_args", full_disk)
+    brc_sac.train(resumed(args))
+    assert "the run goes on" in "".join(capsys.readouterr())
+    assert learner_of(args).env_step == 160
+    rows = [line.split(",") for line in metrics.read_text().splitlines()]
+    assert metrics.read_bytes().startswith(complete) and all(len(row) == 6 for row in rows)
+    assert [int(row[4]) for row in rows if row[1:4] == ["a", "0", "return"]] == [40, 80, 120, 160]
+
+
+def test_args_json_keeps_the_first_command_and_records_every_resume(args, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["first"])
+    run_until(args, 40)
+    monkeypatch.setattr("sys.argv", ["second"])
+    brc_sac.train(resumed(args, total_steps=200))
+    facts = json.loads((brc_sac.Path(args.run_dir) / "args.json").read_text())
+    assert (facts["command"], facts["total_steps"], facts["resume"]) == ("first", 200, None)
+    assert [(entry["env_step"], entry["command"]) for entry in facts["resumed"]] == [(40, "second")]
 
 
 def test_a_run_that_could_never_write_a_checkpoint_says_so(args, failing_disk):

@@ -8,8 +8,11 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import brc_sac
 import suites
@@ -256,7 +259,7 @@ def test_observations_are_stored_once_in_float32():
     held = [value for value in vars(buffer).values() if hasattr(value, "nbytes")]
     assert buffer.nbytes <= sum(value.nbytes for value in held) <= buffer.nbytes + 1000
     per_transition = buffer.nbytes / (3 * 6400)
-    once = 4 * 39 + 4 * 4 + 4 + 1  # observation, action, reward, terminated
+    once = 4 * (39 + 4 + 1 + 1)  # observation, action, reward, terminated
     assert once < per_transition < 1.02 * once + 8  # 1/64 more rows for final observations, and two 4-byte indices
 
 
@@ -617,6 +620,42 @@ def test_the_critic_step_leaves_actor_target_and_temperature_alone(rng):
     for part in (agent.actor, agent.target):
         assert all(parameter.grad is None for parameter in part.parameters())
     assert agent.log_temperature.grad is None
+
+
+class ProductTypes(TorchDispatchMode):
+    """Collects the names of the operators that read or write bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if any(isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16 for x in tree_leaves((args, result))):
+            self.names.add(function.overloadpacket.__name__)
+        return result
+
+
+def updated(precision: str, rng_seed: int = 0):
+    """An agent of this precision after one update from a fixed start, the update's metrics and low-precision operators."""
+    torch.manual_seed(0)
+    agent = Agent(make_args(precision=precision, width=64), obs_dim=3, act_dim=2, num_tasks=2)
+    batch, noise = make_batch(np.random.default_rng(rng_seed)), torch.randn(2, 64, 2)
+    with ProductTypes() as operators:
+        metrics, _ = agent.update(batch, *noise)
+    return agent, metrics, operators.names
+
+
+def test_in_bf16_only_matrix_products_change():
+    (precise, exact, none), (rough, close, names) = updated("fp32"), updated("bf16")
+    assert none == set()
+    # Products, views of their operands, the conversions around them, and the sum that is a bias's gradient.
+    assert {"addmm", "mm"} < names <= {"addmm", "mm", "t", "view", "detach", "_to_copy", "sum"}, names
+    for name in exact:  # stated: 1 % of the value, or 0.01 where it is below 1
+        assert close[name].item() == pytest.approx(exact[name].item(), rel=0.01, abs=0.01), name
+    for one, other in zip(precise.critic.parameters(), rough.critic.parameters(), strict=True):
+        cosine = F.cosine_similarity(one.grad.flatten(), other.grad.flatten(), dim=0)
+        assert other.grad.dtype == other.dtype == torch.float32 and cosine > 0.99
 
 
 def test_the_target_follows_the_new_critic_by_tau(rng):
