@@ -24,8 +24,10 @@ Sections, in reading order:
 Shapes: B batch, K atoms, N tasks, A actions, C channels, H width.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -77,7 +79,8 @@ class Args:
     replay_device: str | None = None
     """Device of the replay buffer; default the training device if its free memory is enough, else cpu."""
     precision: Literal["fp32", "tf32", "bf16"] | None = None
-    """Of matrix products and convolutions; bf16 is autocast of the encoder. Default tf32 on CUDA, fp32 on a CPU."""
+    """Of convolutions and matrix products; all else is float32. Default tf32 on NVIDIA GPUs (float32 elsewhere), fp32
+    on a CPU."""
     compile: bool = False
     """torch.compile the loss."""
     track: bool = False
@@ -100,10 +103,11 @@ class Args:
     """Keep the replay in the checkpoints; without it a run can be evaluated, but not resumed."""
 
     updates_per_step: int | None = None
-    """Gradient updates per environment step of all tasks in parallel; default 2 (paper), at an encoder scale of a quarter
-    or less, which is for a CPU, 1 (DrQ-eps)."""
+    """Gradient updates per environment step of all tasks in parallel; default 2 (paper), at an encoder scale of a
+    quarter or less, which is for a CPU, 1 (DrQ-eps)."""
     batch_size: int | None = None
-    """Transitions per update over all tasks; default 256 (paper), at an encoder scale of a quarter or less 32 (DrQ-eps)."""
+    """Transitions per update over all tasks; default 256 (paper), at an encoder scale of a quarter or less 32
+    (DrQ-eps)."""
     learning_starts: int = 1600
     """Random environment steps per task before the first update (DrQ-eps)."""
     buffer_size: int = 100_000
@@ -257,20 +261,26 @@ from tqdm import tqdm  # noqa: E402
 
 ACTIONS, STACK, SIZE = 18, 4, 84  # of the environments: the full action set, frames per observation, pixels
 
-def dense(in_features: int, out_features: int, gain: float = 2**0.5) -> nn.Linear:
-    """Linear layer with orthogonal weights and zero bias (release)."""
-    layer = nn.Linear(in_features, out_features)
-    nn.init.orthogonal_(layer.weight, gain)
-    nn.init.zeros_(layer.bias)
-    return layer
+
+class Dense(nn.Linear):
+    """Linear layer with orthogonal weights and zero bias (release); float32 out, also under autocast to bf16."""
+
+    def __init__(self, in_features: int, out_features: int, gain: float = 2**0.5):
+        super().__init__(in_features, out_features)
+        nn.init.orthogonal_(self.weight, gain)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).float()
 
 
-def conv(in_channels: int, out_channels: int, gain: float = 2**0.5) -> nn.Conv2d:
-    """3x3 convolution that keeps the image's size, initialised as `dense`."""
-    layer = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
-    nn.init.orthogonal_(layer.weight, gain)
-    nn.init.zeros_(layer.bias)
-    return layer
+class Conv(nn.Conv2d):
+    """3x3 convolution that keeps the image's size, initialised as `Dense`."""
+
+    def __init__(self, in_channels: int, out_channels: int, gain: float = 2**0.5):
+        super().__init__(in_channels, out_channels, kernel_size=3, padding=1)
+        nn.init.orthogonal_(self.weight, gain)
+        nn.init.zeros_(self.bias)
 
 
 def layer_norm(width: int) -> nn.LayerNorm:
@@ -282,7 +292,7 @@ class ImpalaBlock(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv1, self.conv2 = conv(channels, channels), conv(channels, channels)
+        self.conv1, self.conv2 = Conv(channels, channels), Conv(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv2(F.relu(self.conv1(F.relu(x))))
@@ -294,7 +304,8 @@ class Encoder(nn.Module):
     def __init__(self, channels: tuple[int, ...]):
         super().__init__()
         self.stages = nn.Sequential(*(
-            nn.Sequential(conv(c_in, c_out), nn.MaxPool2d(3, stride=2, padding=1), ImpalaBlock(c_out), ImpalaBlock(c_out))
+            nn.Sequential(Conv(c_in, c_out), nn.MaxPool2d(3, stride=2, padding=1),
+                          ImpalaBlock(c_out), ImpalaBlock(c_out))
             for c_in, c_out in zip((STACK, *channels), channels, strict=False)
         ))
         self.out_features = channels[-1] * 11 * 11
@@ -325,25 +336,23 @@ class Critic(nn.Module):
         self.encoder = Encoder(tuple(max(1, round(args.encoder_scale * channels)) for channels in (128, 256, 256)))
         self.norm = layer_norm(self.encoder.out_features)
         in_features = self.encoder.out_features + (args.embedding_dim if num_tasks > 1 else 0)
-        self.dense1, self.dense2 = dense(in_features, args.hidden_width), dense(args.hidden_width, args.hidden_width)
-        self.logits = dense(args.hidden_width, ACTIONS * args.num_atoms)
+        self.dense1, self.dense2 = Dense(in_features, args.hidden_width), Dense(args.hidden_width, args.hidden_width)
+        self.logits = Dense(args.hidden_width, ACTIONS * args.num_atoms)
         self.register_buffer("atoms", torch.linspace(-args.v_max, args.v_max, args.num_atoms), persistent=False)  # [K]
-        self.bf16 = args.precision == "bf16"
 
     def embed(self, task_id: Tensor) -> Tensor:
         """Embeddings [B, 32] of tasks [B]; [B, 0] in single-task mode."""
         return self.embedding(task_id) if self.embedding else self.atoms.new_empty(len(task_id), 0)
 
     def forward(self, obs: Tensor, embedding: Tensor) -> Tensor:
-        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
-            x = self.encoder(obs)  # [B, 4, 84, 84], from 0 to 1 -> [B, 121 C]
-        x = torch.cat([self.norm(x.float()), embedding], dim=-1)  # [B, 121 C + 32]
+        x = self.encoder(obs).float()  # [B, 4, 84, 84], from 0 to 1 -> [B, 121 C]
+        x = torch.cat([self.norm(x), embedding], dim=-1)  # [B, 121 C + 32]
         x = F.relu(self.dense2(F.relu(self.dense1(x))))  # [B, H]
         return self.logits(x).unflatten(-1, (ACTIONS, -1))  # [B, A, K]
 
     def q_values(self, logits: Tensor) -> Tensor:
         """Expected values [B, A] of logits [B, A, K]."""
-        return logits.softmax(-1) @ self.atoms
+        return (logits.softmax(-1) * self.atoms).sum(-1)  # a matrix product would fall under autocast
 
 
 # ----------------------------------------------------------------------------------------------- return normaliser
@@ -429,8 +438,8 @@ class ReplayBuffer:
     """One ring of rows per task; every frame is stored once, in uint8; rewards are raw.
 
     Row r holds the newest frame of obs_t and the action, reward and terminated that followed it; row r + 1 that of
-    obs_t+1. An episode of T steps takes T + 1 rows: the last one, marked `final`, holds only its true final frame and is
-    never sampled as a transition. A lost life is terminated, and the frames go on: so does the environments' stack.
+    obs_t+1. An episode of T steps takes T + 1 rows: the last one, marked `final`, holds only its true final frame and
+    is never sampled as a transition. A lost life is terminated, and the frames go on: so does the environments' stack.
     `row_of` lists the rows that are transitions, so that sampling is uniform and never crosses an episode.
 
     Stacks and n-step returns are made at sampling. `age` says how many older frames of its stack a row's episode has:
@@ -468,9 +477,8 @@ class ReplayBuffer:
 
     def add(self, obs: np.ndarray, action: np.ndarray, reward: np.ndarray, terminated: np.ndarray,
             truncated: np.ndarray, life_lost: np.ndarray, next_obs: np.ndarray) -> None:
-        """Stores one step of every task: [N, 4, 84, 84], five times [N], [N, 4, 84, 84]; next_obs is never a reset's."""
-        tasks = np.arange(self.num_tasks)
-        row = self.head % self.rows
+        """Stores one step of every task: [N, 4, 84, 84], five [N], [N, 4, 84, 84]; next_obs is never a reset's."""
+        tasks, row = np.arange(self.num_tasks), self.head % self.rows
         self._write_frame(obs)
         self._write(self.action, tasks, row, action.astype(np.uint8))
         self._write(self.reward, tasks, row, reward)
@@ -483,16 +491,22 @@ class ReplayBuffer:
         self._open_row(tasks)
         self._write_frame(next_obs)
         self._end_episodes(np.flatnonzero(terminated | truncated))
+        self._write_window()
 
     def cut(self) -> None:
         """Ends every running episode as truncated: its current frame becomes the final one."""
         self._end_episodes(np.flatnonzero(self.episode_steps))
+        self._write_window()
+
+    def current_obs(self) -> Tensor:
+        """The newest observation [N, 4, 84, 84] of every task."""
+        return self.stack(torch.arange(self.num_tasks, device=self.device),
+                          torch.from_numpy(self.head % self.rows).to(self.device))
 
     def _end_episodes(self, tasks: np.ndarray) -> None:
         self._write(self.final, tasks, self.head[tasks] % self.rows, np.ones(len(tasks), bool))
         self._open_row(tasks)
         self.episode_steps[tasks] = 0
-        self._write_window()
 
     def _open_row(self, tasks: np.ndarray) -> None:
         """Moves the heads of `tasks` by one row, over whatever was oldest there."""
@@ -522,10 +536,9 @@ class ReplayBuffer:
         since = np.maximum(since, self.head - self.rows + 1)
         task = np.repeat(np.arange(self.num_tasks), self.head - since + 1)
         number = np.concatenate([np.arange(first, last + 1) for first, last in zip(since, self.head, strict=True)])
-        row = number % self.rows
-        layout = {"task": task, "number": number, "transition": self.transition_at[task, row]}
+        layout = {"task": task, "number": number, "transition": self.transition_at[task, number % self.rows]}
         return {name: torch.from_numpy(values) for name, values in layout.items()} | {
-            name: getattr(self, name)[task, row].cpu() for name in self.RINGS
+            name: getattr(self, name)[task, number % self.rows].cpu() for name in self.RINGS
         }
 
     def load(self, counters: dict[str, Tensor], segments: Iterable[dict[str, Tensor]]) -> None:
@@ -536,8 +549,7 @@ class ReplayBuffer:
             kept = segment["number"].numpy() > self.head[segment["task"]] - self.rows
             task, number, transition = (segment[name].numpy()[kept] for name in ("task", "number", "transition"))
             row = number % self.rows
-            for name in self.RINGS:
-                getattr(self, name)[task, row] = segment[name][kept].to(self.device)
+            self.ring[task, row] = segment["row"][kept].to(self.device)
             self.transition_at[task, row] = transition
             real = transition >= np.maximum(0, self.stop[task] - self.capacity)
             self._write(self.row_of, task[real], transition[real] % self.capacity, row[real].astype(np.int32))
@@ -652,8 +664,8 @@ def critic_loss(critic: Critic, target: Critic, batch: Batch) -> tuple[Tensor, d
     logits = critic(batch.obs, embedding)[sample, batch.action]  # [B, K]
     cross_entropy = -(target_probs * logits.log_softmax(-1)).sum(-1)  # [B]
     loss = cross_entropy.mean()
-    q = (logits.detach().softmax(-1) @ critic.atoms).mean()
-    return loss, {"critic_loss": loss.detach(), "target_q": (target_probs @ critic.atoms).mean(), "q": q}
+    return loss, {"critic_loss": loss.detach(), "target_q": (target_probs * critic.atoms).sum(-1).mean(),
+                  "q": critic.q_values(logits.detach()).mean()}
 
 
 def make_adamw(parameters: list[nn.Parameter], args: Args) -> torch.optim.AdamW:
@@ -674,20 +686,22 @@ class Agent:
             self.target = Critic(args, num_tasks).requires_grad_(False)
             self.task_ids = torch.arange(num_tasks)
         self.target.load_state_dict(self.critic.state_dict())
-        # The one place that decides how the update runs: eager is the same code.
-        self.critic_loss = torch.compile(critic_loss) if args.compile else critic_loss
-        for part in (self.critic, self.target):  # before the optimiser, whose moments take the parameters' layout
+        for part in (self.critic, self.target):  # what convolutions are fastest with: twice as fast on a CPU
             part.to(memory_format=torch.channels_last)
-        if self.device.type == "cuda":  # fp32, tf32, or bf16: TF32 for what autocast leaves in float32
-            torch.set_float32_matmul_precision("highest" if args.precision == "fp32" else "high")
-            torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
         self.critic_parameters, self.target_parameters = list(self.critic.parameters()), list(self.target.parameters())
         self.critic_optimizer = make_adamw(self.critic_parameters, args)
+        # The one place that decides how the update runs: eager in float32 is the same code.
+        self.critic_loss = torch.compile(critic_loss) if args.compile else critic_loss
+        precision = args.precision or ("tf32" if self.device.type == "cuda" else "fp32")
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One gradient update from a batch with augmented observations and normalised rewards; returns what to log."""
         # target distribution, cross-entropy, critic and embedding step
-        loss, metrics = self.critic_loss(self.critic, self.target, batch)
+        with self.autocast:
+            loss, metrics = self.critic_loss(self.critic, self.target, batch)
         optimize(self.critic_optimizer, loss)
         # target <- tau critic + (1 - tau) target
         with torch.no_grad():
@@ -796,10 +810,7 @@ class Learner:
 
     def cut_episodes(self) -> None:
         """Ends the running episodes as truncated: environments start anew after a resume."""
-        tasks = torch.arange(len(self.args.tasks))
-        head = torch.from_numpy(self.buffer.head % self.buffer.rows)
-        obs = self.buffer.stack(tasks.to(self.buffer.device), head.to(self.buffer.device))
-        last_value = self.raw_value(obs.cpu().numpy())
+        last_value = self.raw_value(self.buffer.current_obs().cpu().numpy())
         for task, rewards in enumerate(self.normalizer.episode_rewards):
             if rewards:
                 self.normalizer.finish(task, False, 0.0 if last_value is None else last_value[task])
@@ -840,6 +851,9 @@ class Learner:
 # ------------------------------------------------------------------------------------------------------ evaluation
 
 
+VIDEO_STRIDE = 4  # environment steps per frame
+
+
 def evaluate(agent: Agent, envs: Games, seed: int, video: bool = False,
              stop: Callable[[], object] = lambda: None) -> tuple[list[dict], list] | None:
     """Plays one game to its end in each of `envs`, greedily but for `eval_epsilon`.
@@ -853,10 +867,12 @@ def evaluate(agent: Agent, envs: Games, seed: int, video: bool = False,
     frames: list[list[np.ndarray]] = [[] for _ in range(num_tasks)]
     generator = torch.Generator(agent.device).manual_seed(seed)
     rows, obs = np.arange(envs.num_envs), envs.reset(seed=seed)  # of the games that are not over
-    while len(rows):
+    for step in itertools.count():
+        if not len(rows):
+            break
         if stop():
             return None
-        if video:
+        if video and step % VIDEO_STRIDE == 0:
             for row, stack in zip(rows, obs, strict=True):
                 if row % episodes == 0:
                     frames[row // episodes].append(stack[-1])
@@ -896,19 +912,34 @@ class Logger:
     COLUMNS = "exp_name,env_name,seed,metric,env_step,value"
 
     def __init__(self, args: Args, run_dir: Path, first_step: int):
-        self.args, self.run_dir, self.path, self.unwritten = args, run_dir, run_dir / "metrics.csv", b""
+        self.args, self.run_dir, self.path = args, run_dir, run_dir / "metrics.csv"
         if args.track:
             import wandb
 
             wandb.init(project=os.environ.get("WANDB_PROJECT", "brc"), name=run_dir.name, id=run_dir.name,
                        resume="allow", config=dataclasses.asdict(args), dir=str(run_dir), sync_tensorboard=True)
-        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
         text = self.path.read_bytes() if self.path.exists() else b""
-        if not text.endswith(b"\n"):  # a new file, or a kill left half a line
-            text = text[:text.rfind(b"\n") + 1] or f"{self.COLUMNS}\n".encode()
-            self.path.write_bytes(text)
-        rows = [line.split(",") for line in text.decode().splitlines()[1:]]
+        complete = text.rfind(b"\n") + 1
+        rows = [line.split(",") for line in text[:complete].decode().splitlines()[1:]]
         self.written = {(row[1], row[3], int(row[4])) for row in rows}
+        self.unwritten = b"" if complete else f"{self.COLUMNS}\n".encode()
+        self.writer = None
+        try:
+            if complete < len(text):  # a kill left half a line
+                os.truncate(self.path, complete)
+            self.append()
+            self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+        except OSError as error:
+            tqdm.write(f"The logs in {run_dir} cannot be written ({error}); the run goes on without TensorBoard.")
+
+    def append(self) -> None:
+        """Writes the rows of metrics.csv that wait to be written; those that cannot be wait for the next time."""
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                self.unwritten = self.unwritten[file.write(self.unwritten):]
+                os.fsync(file.fileno())
+        except OSError as error:
+            tqdm.write(f"metrics.csv cannot be written ({error}); its new rows wait for the next evaluation.")
 
     def has(self, env_step: int) -> bool:
         """Whether the evaluation at `env_step` is recorded; the mean score is its last row."""
@@ -923,12 +954,7 @@ class Logger:
                 row = f"{self.args.exp_name},{task},{self.args.seed},{metric},{env_step},{value:.6g}\n"
                 self.unwritten += row.encode()
         self.written |= rows.keys()
-        try:
-            with open(self.path, "ab", buffering=0) as file:
-                self.unwritten = self.unwritten[file.write(self.unwritten):]
-                os.fsync(file.fileno())
-        except OSError as error:
-            tqdm.write(f"metrics.csv cannot be written ({error}); its new rows wait for the next evaluation.")
+        self.append()
         self.tensorboard(lambda writer: [writer.add_scalar(f"eval_{metric}/{task}", value, env_step)
                                          for (task, metric, env_step), value in rows.items()])
         if learner.agent.critic.embedding:
@@ -952,7 +978,7 @@ class Logger:
         paths = write_videos(self.args.tasks, frames, self.run_dir, env_step)
         images = [Summary.Image(colorspace=3, encoded_image_string=path.read_bytes()) for path in paths]
         summary = Summary(value=[Summary.Value(tag=f"video/{task}", image=image)
-                                 for task, image in zip(self.args.tasks, images, strict=True)])
+                                 for task, image in zip(self.args.tasks, images)])
         self.tensorboard(lambda writer: writer._get_file_writer().add_summary(summary, env_step))
 
     def tensorboard(self, write: Callable[[SummaryWriter], object]) -> None:
@@ -966,13 +992,17 @@ class Logger:
 
 
 def write_videos(tasks: tuple[str, ...], frames: list[list[np.ndarray]], run_dir: Path, env_step: int) -> list[Path]:
-    """Writes every fourth frame of each task's episode as a GIF under `run_dir`/videos."""
+    """Writes the frames of each task's episode as a GIF under `run_dir`/videos; none if the disk fails."""
     import imageio.v3 as imageio
 
-    (run_dir / "videos").mkdir(exist_ok=True)
     paths = [run_dir / "videos" / f"{task}-{env_step}.gif" for task in tasks]
-    for path, episode in zip(paths, frames, strict=True):
-        imageio.imwrite(path, np.stack(episode[::4]), duration=80, loop=0)
+    try:
+        (run_dir / "videos").mkdir(exist_ok=True)
+        for path, episode in zip(paths, frames, strict=True):
+            imageio.imwrite(path, np.stack(episode), duration=20 * VIDEO_STRIDE, loop=0)
+    except OSError as error:
+        tqdm.write(f"The videos cannot be written ({error}).")
+        return []
     return paths
 
 
@@ -1100,8 +1130,8 @@ def derived_seed(seed: int, purpose: str, env_step: int = 0) -> int:
     return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1)[0] >> 1)
 
 
-def write_args(args: Args, run_dir: Path, device: torch.device) -> None:
-    """args.json: the resolved arguments and what else a reader needs to repeat the run."""
+def write_args(args: Args, run_dir: Path, device: torch.device, env_step: int) -> None:
+    """args.json: the arguments, what else a reader needs to repeat the run, and, under `resumed`, every resume."""
     git = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     here = Path(__file__).resolve().parent
     commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
@@ -1112,9 +1142,18 @@ def write_args(args: Args, run_dir: Path, device: torch.device) -> None:
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
         "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in packages},
     }
+    path = run_dir / "args.json"
+    if args.resume:
+        first = json.loads(path.read_text())
+        resumed = first.get("resumed", []) + [{"env_step": env_step} | facts]
+        facts = {name: first[name] for name in facts} | {"resumed": resumed}
+    arguments = dataclasses.asdict(args) | {"resume": None, "evaluate": None}
     aside = run_dir / "args.tmp"
-    aside.write_text(json.dumps(dataclasses.asdict(args) | facts, indent=2) + "\n")
-    os.replace(aside, run_dir / "args.json")
+    try:
+        aside.write_text(json.dumps(arguments | facts, indent=2) + "\n")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def make_buffer(args: Args, device: str | torch.device) -> ReplayBuffer:
@@ -1139,17 +1178,17 @@ def describe(learner: Learner, run_dir: Path) -> None:
     parameters = sum(parameter.numel() for parameter in agent.critic_parameters)
     print(f"{args.exp_name}: {len(args.tasks)} game{'s' * (len(args.tasks) > 1)}, {args.total_steps:,} steps per task, "
           f"in {run_dir}")
-    print(f"device {device}, {torch.get_num_threads()} threads, {args.precision}; {parameters:,} parameters and as many "
-          f"of the target; replay {learner.buffer.nbytes / 1e9:.2f} GB when full, on {learner.buffer.device}", flush=True)
+    print(f"device {device}, {torch.get_num_threads()} threads; {parameters:,} parameters, and as many of the target; "
+          f"replay {learner.buffer.nbytes / 1e9:.2f} GB when full, on {learner.buffer.device}", flush=True)
     if device.type == "cpu":
-        obs, task_id = torch.zeros(args.batch_size, STACK, SIZE, SIZE, dtype=torch.uint8), torch.zeros(1, dtype=int)
+        obs, task_id = torch.zeros(8, STACK, SIZE, SIZE, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64)
         start = time.perf_counter()
-        agent.q_values(obs, task_id.expand(args.batch_size))
-        forward = time.perf_counter() - start
+        agent.q_values(obs, task_id)
+        forward = (time.perf_counter() - start) * args.batch_size / 8
         updates = max(0, args.total_steps - args.learning_starts) * args.updates_per_step
         if forward * 5 * updates > 86400:  # in forwards: target 1, next action 1, critic 1 + 2 back
-            print(f"On this CPU the updates alone would take about {forward * 5 * updates / 86400:,.1f} days. For a run "
-                  "of minutes: python brc_drq.py --tasks Pong Breakout --encoder-scale 0.125 --total-steps 3000",
+            print(f"On this CPU the updates alone would take about {forward * 5 * updates / 86400:,.1f} days. For "
+                  "minutes: python brc_drq.py --tasks Pong Breakout --encoder-scale 0.125 --total-steps 3000",
                   flush=True)
 
 
@@ -1176,10 +1215,11 @@ def check_finite(learner: Learner, metrics: dict[str, Tensor], run_dir: Path) ->
         culprits = {f"{field} of {learner.args.tasks[task]}"
                     for field, values in learner.batch._asdict().items()
                     for task in learner.batch.task_id[~values.isfinite().reshape(len(values), -1).all(1)].tolist()}
-        torch.save(learner.batch._asdict(), run_dir / "nonfinite_batch.pt")
-        raise RunError(f"critic_loss is {metrics['critic_loss'].item()} at step {learner.env_step:,}; not finite in its "
-                       f"batch: {', '.join(sorted(culprits)) or 'nothing, so the network diverged'}. The batch is in "
-                       f"{run_dir / 'nonfinite_batch.pt'}; the last checkpoint is from before.")
+        with contextlib.suppress(OSError, RuntimeError):  # a full disk shall not hide the cause
+            torch.save(learner.batch._asdict(), run_dir / "nonfinite_batch.pt")
+        raise RunError(f"critic_loss is {metrics['critic_loss'].item()} at step {learner.env_step:,}; not finite in "
+                       f"its batch: {', '.join(sorted(culprits)) or 'nothing, so the network diverged'}. The batch is "
+                       f"in {run_dir / 'nonfinite_batch.pt'}; the last checkpoint is from before.")
 
 
 def train(args: Args) -> list[dict]:
@@ -1189,7 +1229,6 @@ def train(args: Args) -> list[dict]:
     for a run that cannot go on.
     """
     device = choose_device(args.device)
-    args = fill(args, precision="tf32" if device.type == "cuda" else "fp32")
     stamp = time.strftime("%Y%m%d-%H%M%S")
     run_dir = Path(args.resume or args.run_dir or f"runs/{args.exp_name}__{args.seed}__{stamp}")
     if not args.resume and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
@@ -1200,17 +1239,23 @@ def train(args: Args) -> list[dict]:
     suites.check(args.tasks)
     envs = Games(args.tasks, args.max_frames)
     eval_envs = Games([task for task in args.tasks for _ in range(args.eval_episodes)], args.max_frames)
-    learner = Learner(args, device, choose_replay_device(args, device))
+    try:
+        learner = Learner(args, device, choose_replay_device(args, device))
+    except RuntimeError as error:  # torch's, also for a CPU
+        raise UsageError(f"The networks and the replay do not fit in memory ({str(error).splitlines()[0]}): give "
+                         "--replay-device cpu, or a smaller --buffer-size or --encoder-scale.") from None
     if args.resume:
         load_checkpoint(run_dir, learner)
         learner.cut_episodes()
     signals = Signals()
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_args(args, run_dir, device)
-        logger = Logger(args, run_dir, learner.env_step)
+        write_args(args, run_dir, device, learner.env_step)
     except OSError as error:
-        raise UsageError(f"Run directory {run_dir} cannot be written ({error}): give another --run-dir.") from None
+        if not args.resume:
+            raise UsageError(f"Run directory {run_dir} cannot be written ({error}): give another --run-dir.") from None
+        print(f"{run_dir} cannot be written ({error}); the run goes on and tries again.", file=sys.stderr)
+    logger = Logger(args, run_dir, learner.env_step)
     describe(learner, run_dir)
     start_step, saved_step = learner.env_step, learner.env_step
 
@@ -1241,11 +1286,11 @@ def train(args: Args) -> list[dict]:
         bar.set_postfix(score=f"{means['score']:.3f}")
         return results
 
-    obs, metrics, results = envs.reset(seed=derived_seed(args.seed, "environments", learner.env_step)), {}, []
-    first_update = time.perf_counter()
+    metrics, results, first_update = {}, [], time.perf_counter()
     bar = tqdm(total=args.total_steps, initial=learner.env_step, unit="step", dynamic_ncols=True,
                mininterval=0.5 if sys.stderr.isatty() else 15)
     try:
+        obs = envs.reset(seed=derived_seed(args.seed, "environments", learner.env_step))
         while True:
             # Checkpoint first: a run that dies while it evaluates comes back here, and evaluates.
             due = learner.env_step % args.eval_interval == 0 or learner.env_step == args.total_steps
@@ -1279,6 +1324,10 @@ def train(args: Args) -> list[dict]:
             if learner.env_step % args.log_interval == 0 and metrics:
                 speed = (learner.env_step - start_step) / bar.format_dict["elapsed"]
                 logger.training(learner, metrics, speed)
+    except torch.OutOfMemoryError as error:
+        raise RunError(f"{device} is out of memory at step {learner.env_step:,} ({str(error).splitlines()[0]}): resume "
+                       f"with --replay-device cpu (python brc_drq.py --resume {run_dir}), or start with a smaller "
+                       "--batch-size or --encoder-scale.") from None
     finally:
         bar.close()
         envs.close()
@@ -1301,7 +1350,6 @@ def evaluate_run(args: Args) -> None:
     run_dir, device = Path(args.evaluate), choose_device(args.device)
     suites.check(args.tasks)
     envs = Games([task for task in args.tasks for _ in range(args.eval_episodes)], args.max_frames)
-    args = fill(args, precision="tf32" if device.type == "cuda" else "fp32")
     no_replay = dataclasses.replace(args, buffer_size=args.n_step)
     learner = Learner(no_replay, device, choose_device("cpu"))
     load_checkpoint(run_dir, learner, replay=False)
