@@ -549,7 +549,8 @@ class ReplayBuffer:
             kept = segment["number"].numpy() > self.head[segment["task"]] - self.rows
             task, number, transition = (segment[name].numpy()[kept] for name in ("task", "number", "transition"))
             row = number % self.rows
-            self.ring[task, row] = segment["row"][kept].to(self.device)
+            for name in self.RINGS:
+                getattr(self, name)[task, row] = segment[name][kept].to(self.device)
             self.transition_at[task, row] = transition
             real = transition >= np.maximum(0, self.stop[task] - self.capacity)
             self._write(self.row_of, task[real], transition[real] % self.capacity, row[real].astype(np.int32))

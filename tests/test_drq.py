@@ -65,7 +65,7 @@ def test_the_encoder_halves_the_image_three_times():
     [(26, 1.0, 23_335_642), (1, 1.0, 23_318_426), (2, 0.125, 3_300_202)],
 )
 def test_parameter_counts(num_tasks, scale, count):
-    with torch.device("meta"), mock.patch("torch.nn.init.orthogonal_"):  # which takes seconds, even there
+    with mock.patch("torch.nn.init.orthogonal_"):  # which takes seconds
         critic = brc_drq.Critic(make_args(encoder_scale=scale, hidden_width=512), num_tasks)
     assert sum(parameter.numel() for parameter in critic.parameters()) == count
 
@@ -625,7 +625,7 @@ def test_evaluation_plays_one_episode_in_every_environment():
     assert [result["return"] for result in results] == [(3 * 1 + 7 * 2) / 2, (3 * 3 + 7 * 4) / 2]
     random, human = -20.7, 14.6
     assert results[0]["score"] == pytest.approx((8.5 - random) / (human - random))
-    assert [len(episode) for episode in frames] == [3, 3]
+    assert [len(episode) for episode in frames] == [1, 1]  # every fourth step of the first copy's
     assert brc_drq.evaluate(agent, Lengths(("Pong", "Breakout")), seed=1, stop=lambda: True) is None
 
 
