@@ -134,8 +134,9 @@ class Games:
 
     Frames, rewards, lives and ends equal those of `make`, bit for bit (tests/test_atari_suite.py runs both). They
     differ in the start, where here 0 to 30 no-ops are drawn and by Gymnasium 1 to 30, and in the time limit, where
-    Gymnasium counts the no-ops' frames among the 108,000 and this does not. Native, because its threads step beside
-    the updates without worker processes, and faster: benchmarks/README.md.
+    Gymnasium counts the no-ops' frames among the 108,000 and this does not. In both, the newest frame of an episode's
+    final observation lacks the emulator's very last frame in its maximum. Native, because its threads step beside the
+    updates without worker processes, and it is faster: benchmarks/README.md.
 
     max_frames: the time limit of an episode. Raises SuiteError if ale-py is missing.
     """
