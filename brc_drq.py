@@ -91,8 +91,8 @@ class Args:
 
     eval_interval: int = 10_000
     """Environment steps per task between evaluations; the last step is evaluated too."""
-    eval_episodes: int = 10
-    """Evaluation episodes per task."""
+    eval_episodes: int | None = None
+    """Evaluation episodes per task; default 10, at an encoder scale of a quarter or less 3."""
     eval_epsilon: float = 0.001
     """Share of random actions in evaluation (DrQ-eps)."""
     log_interval: int = 500
@@ -154,8 +154,8 @@ class RunError(RuntimeError):
     """A run that cannot go on; its message says why and what is left of it."""
 
 
-# What DrQ-eps itself uses, an eighth or a sixteenth of the work; measured in benchmarks/README.md.
-SMALL = dict(batch_size=32, updates_per_step=1)
+# For a CPU: DrQ-eps's own batch and updates, a sixteenth of the work, and evaluations to match.
+SMALL = dict(batch_size=32, updates_per_step=1, eval_episodes=3)
 
 # Smallest and largest value of each number.
 BOUNDS = dict.fromkeys(
@@ -188,7 +188,7 @@ def resolve(args: Args) -> Args:
     if args.tasks:
         label = "-".join(tasks) if len(tasks) <= 3 else f"{len(tasks)}tasks"
     defaults = {"total_steps": suites.SUITES["atari"].steps, "exp_name": f"brc_drq-{label}"}
-    defaults |= dict(batch_size=256, updates_per_step=2) if args.encoder_scale > 0.25 else SMALL
+    defaults |= SMALL if args.encoder_scale <= 0.25 else dict(batch_size=256, updates_per_step=2, eval_episodes=10)
     args = fill(dataclasses.replace(args, tasks=tasks), **defaults)
     args = fill(args, checkpoint_interval=max(1, args.total_steps // 20))
     if args.compile and not any(shutil.which(name) for name in ("c++", "g++", "clang++")):

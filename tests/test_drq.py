@@ -778,7 +778,7 @@ def test_bad_arguments_are_refused_in_one_sentence(given_args, message):
                       gamma=0.99, learning_rate=1e-4, checkpoint_interval=5000, exp_name="brc_drq-atari", epsilon=0.01,
                       tasks=suites.SUITES["atari"].tasks, buffer_size=100_000, eval_epsilon=0.001)),
         (dict(tasks=("Pong", "Venture")), dict(exp_name="brc_drq-Pong-Venture", total_steps=100_000)),
-        (dict(encoder_scale=0.125), dict(batch_size=32, updates_per_step=1)),
+        (dict(encoder_scale=0.125), dict(batch_size=32, updates_per_step=1, eval_episodes=3)),
         (dict(encoder_scale=0.125, batch_size=8, updates_per_step=3), dict(batch_size=8, updates_per_step=3)),
         (dict(total_steps=7), dict(total_steps=7, checkpoint_interval=1)),
     ],
