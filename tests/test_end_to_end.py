@@ -27,9 +27,9 @@ EVALUATED = (100, 200, 250)  # every interval, and the end
 METAWORLD = f"--tasks reach drawer-close {SMALL}"  # episodes of 200 steps: one ends within the run
 # Run name -> arguments. "single" goes where runs go by default; "again" must not differ, however its tasks are stepped.
 RUNS = {
-    "metaworld": f"{METAWORLD} --run-dir metaworld",
-    "again": f"{METAWORLD} --run-dir again --workers 2",
-    "other-seed": f"{METAWORLD} --run-dir other-seed --seed 1",
+    "metaworld": f"{METAWORLD} --variant paper --run-dir metaworld",
+    "again": f"{METAWORLD} --variant paper --run-dir again --workers 2",
+    "other-seed": f"{METAWORLD} --variant paper --run-dir other-seed --seed 1",
     "dmc": f"--tasks cartpole-swingup reacher-easy {SMALL} --variant release --run-dir dmc",
     "single": f"--tasks drawer-close {SMALL} --variant release --no-overlap",
 }
