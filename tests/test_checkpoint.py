@@ -282,6 +282,33 @@ def test_a_full_disk_is_survived(args, failing_disk, capsys):
     assert batch.obs.isfinite().all() and len(batch.obs.unique(dim=0)) > 100  # the rows of the missed ones are there
 
 
+def test_checkpoints_that_fail_leave_nothing_behind_on_a_full_disk(args, monkeypatch, capsys):
+    class FullDisk:
+        def write(self, content):
+            raise OSError(28, "No space left on device")
+
+        def flush(self):
+            pass
+
+    def write(path, content):
+        """The segment still fits, the networks do not, from the third checkpoint on."""
+        if path.name == "checkpoint.new.pt" and content["env_step"] > 80:
+            monkeypatch.setattr(torch, "save", lambda content, file: save(content, FullDisk()))
+        try:
+            write_file(path, content)
+        finally:
+            monkeypatch.setattr(torch, "save", save)
+
+    save, write_file = torch.save, brc_sac.write_file
+    monkeypatch.setattr(brc_sac, "write_file", write)
+    brc_sac.train(args)
+    output = "".join(capsys.readouterr())
+    assert "Checkpoint at step 120 failed ([Errno 28] No space left on device)" in output
+    assert "The last checkpoint is from step 80 of 160" in output
+    assert sorted(os.listdir(brc_sac.Path(args.run_dir) / "replay")) == ["0000000040.pt", "0000000080.pt"]
+    assert learner_of(args).env_step == 80
+
+
 def test_a_run_is_resumed_where_nothing_can_be_written_at_first(args, failing_disk, monkeypatch, capsys):
     run_until(args, 50)
     metrics = brc_sac.Path(args.run_dir) / "metrics.csv"
