@@ -63,9 +63,9 @@ class Args:
     """Task names, in place of --suite's; any names the suites know. One task = single-task mode."""
     split: Literal["all", "pretrain"] = "all"
     """All of the suite's tasks, or those that the paper pretrains on before transfer."""
-    variant: Literal["paper", "release"] = "paper"
+    variant: Literal["paper", "release"] = "release"
     """Where the paper's text and the authors' code differ (embedding norm, truncation bootstrap, entropy share of the
-    return scale): follow the text or the code."""
+    return scale): follow the text or the code. The code learned faster (benchmarks/README.md)."""
     width: int | None = None
     """Critic width H in units; default 4096 (paper), for the demo 128."""
     seed: int = 0
@@ -93,6 +93,8 @@ class Args:
     of 20,000 updates or more where there is a C++ compiler."""
     overlap: bool = True
     """Update while the environments step (the newest transition is then sampled one step later); off = step first."""
+    assets: str | None = None
+    """ShadowHand's folder dex_envs/assets; default $SHADOWHAND_ASSETS."""
     track: bool = False
     """Also log to Weights & Biases (pip install wandb), project brc or $WANDB_PROJECT."""
     capture_video: bool = False
@@ -174,6 +176,9 @@ def resolve(args: Args) -> Args:
 
     Raises UsageError or suites.SuiteError.
     """
+    if args.assets:  # through the environment, which the worker processes inherit
+        os.environ["SHADOWHAND_ASSETS"] = str(Path(args.assets).resolve())
+        args = dataclasses.replace(args, assets=os.environ["SHADOWHAND_ASSETS"])
     tasks = suites.resolve(args.suite, args.tasks, args.split)
     atari = [task for task in tasks if suites.benchmark(task) is suites.atari]
     if atari:
@@ -193,7 +198,7 @@ def resolve(args: Args) -> Args:
     args = fill(args, checkpoint_interval=args.eval_interval, compile=long and has_compiler())
     if args.compile and not has_compiler():
         raise UsageError("--compile needs a C++ compiler, and none of c++, g++ and clang++ is on the PATH: install "
-                         "one, or use --no-compile.")
+                         "one, or use --compile False.")
     for name, (low, high) in BOUNDS.items():
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
@@ -212,7 +217,7 @@ def fill(args: Args, **defaults) -> Args:
 
 
 # What may change beside --resume or --evaluate: nothing that the learner's numbers depend on.
-MAY_CHANGE = ("total_steps", "device", "replay_device", "workers", "track", "capture_video",
+MAY_CHANGE = ("total_steps", "device", "replay_device", "workers", "assets", "track", "capture_video",
               "log_interval", "checkpoint_interval", "save_replay", "compile", "resume", "evaluate")
 
 
@@ -226,10 +231,11 @@ def parse_args() -> Args:
         return resolve(args)
     try:
         facts = json.loads((Path(run_dir) / "args.json").read_text())
-        saved = Args(**{field.name: facts[field.name] for field in dataclasses.fields(Args)})
-    except (OSError, ValueError, KeyError) as error:
+        fields = {field.name for field in dataclasses.fields(Args)}  # an older run lacks some
+        saved = Args(**{name: value for name, value in facts.items() if name in fields})
+        saved = dataclasses.replace(saved, tasks=tuple(saved.tasks))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"{run_dir} holds no run to continue (args.json: {error}): give a run directory.") from None
-    saved = dataclasses.replace(saved, tasks=tuple(saved.tasks))
     args = tyro.cli(Args, default=saved)
     may_change = MAY_CHANGE + (("eval_episodes",) if args.evaluate else ())
     for field in dataclasses.fields(Args):
@@ -1014,6 +1020,8 @@ def write_file(path: Path, content: dict) -> None:
             os.fsync(file.fileno())
         os.replace(aside, path)
         sync_directory(path.parent)
+    except RuntimeError as error:  # torch.save reports a full disk as an error of its own
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
     finally:
         aside.unlink(missing_ok=True)
 
@@ -1040,18 +1048,21 @@ def read_file(path: Path) -> dict:
 
 def save_checkpoint(run_dir: Path, learner: "Learner") -> None:
     """Writes the learner's state, and the replay rows it gained since the last checkpoint; OSError if it cannot."""
-    segments = []
-    if learner.args.save_replay:
-        (run_dir / "replay").mkdir(exist_ok=True)
-        oldest = learner.buffer.head - learner.buffer.rows
-        segments = [segment for segment in learner.segments if (segment["head"].numpy() > oldest).any()]
-        since = segments[-1]["head"].numpy() if segments else np.zeros_like(oldest)
-        name = f"{learner.env_step:010d}.pt"
-        write_file(run_dir / "replay" / name, learner.buffer.export(since))
-        segments.append({"file": name, "head": torch.from_numpy(learner.buffer.head.copy())})
-    path, previous = run_dir / "checkpoint.pt", run_dir / "checkpoint.previous.pt"
-    state = learner.state_dict() | {"segments": segments}
-    write_file(run_dir / "checkpoint.new.pt", state)
+    segments, name = [], f"{learner.env_step:010d}.pt"
+    try:
+        if learner.args.save_replay:
+            (run_dir / "replay").mkdir(exist_ok=True)
+            oldest = learner.buffer.head - learner.buffer.rows
+            segments = [segment for segment in learner.segments if (segment["head"].numpy() > oldest).any()]
+            since = segments[-1]["head"].numpy() if segments else np.zeros_like(oldest)
+            write_file(run_dir / "replay" / name, learner.buffer.export(since))
+            segments.append({"file": name, "head": torch.from_numpy(learner.buffer.head.copy())})
+        path, previous = run_dir / "checkpoint.pt", run_dir / "checkpoint.previous.pt"
+        write_file(run_dir / "checkpoint.new.pt", learner.state_dict() | {"segments": segments})
+    except (OSError, RuntimeError):  # the next try writes these rows again: on a full disk they must not pile up
+        with contextlib.suppress(OSError):
+            (run_dir / "replay" / name).unlink(missing_ok=True)
+        raise
     if path.exists():
         os.replace(path, previous)
     os.replace(run_dir / "checkpoint.new.pt", path)
@@ -1078,18 +1089,18 @@ def load_checkpoint(run_dir: Path, learner: "Learner", replay: bool = True) -> N
             if replay and not state["segments"]:
                 raise CheckpointError(f"{run_dir / name} was saved without its replay (--no-save-replay): "
                                       "it serves --evaluate only, and cannot be resumed")
-            files = [run_dir / "replay" / segment["file"] for segment in state["segments"]]
-            segments = [read_file(file) for file in files] if replay else []
+            if replay:  # one segment at a time: all of them would double the memory
+                files = [run_dir / "replay" / segment["file"] for segment in state["segments"]]
+                learner.buffer.load(state["buffer"], map(read_file, files))
         except CheckpointError as error:
             failures.append(str(error))
             continue
         if failures:
             print(f"{failures[0]}; going on from {run_dir / name} at step {state['env_step']:,}.", file=sys.stderr)
             if replay:  # so that the next checkpoint does not push this one out in favour of the damaged one
-                os.replace(run_dir / name, run_dir / "checkpoint.pt")
+                with contextlib.suppress(OSError):  # a read-only disk
+                    os.replace(run_dir / name, run_dir / "checkpoint.pt")
         learner.load_state_dict(state)
-        if replay:
-            learner.buffer.load(state["buffer"], segments)
         return
     raise CheckpointError(f"No complete checkpoint in {run_dir}: {'; '.join(failures)}.")
 
@@ -1209,6 +1220,7 @@ def train(args: Args) -> list[dict]:
         raise UsageError("--track needs W&B, which is not installed: pip install wandb, or leave --track out.")
     suites.check(args.tasks)
     workers = default_workers(args.tasks) if args.workers is None else args.workers
+    signals = Signals()
     envs = VectorEnv(args.tasks, seed=args.seed, workers=workers)
     eval_envs = VectorEnv(args.tasks, seed=args.seed, workers=0 if args.capture_video else workers,
                           render=args.capture_video)
@@ -1220,7 +1232,6 @@ def train(args: Args) -> list[dict]:
     if args.resume:
         load_checkpoint(run_dir, learner)
         learner.cut_episodes()
-    signals = Signals()
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_args(args, run_dir, device, learner.env_step)
@@ -1321,6 +1332,9 @@ def train(args: Args) -> list[dict]:
         raise SystemExit(128 + signals.stop)
     if saved_step == start_step < learner.env_step:
         raise RunError(f"No checkpoint of {args.exp_name} could be written to {run_dir}.")
+    if saved_step < learner.env_step:
+        print(f"The last checkpoint is from step {saved_step:,} of {learner.env_step:,}: later ones could not be "
+              "written.", file=sys.stderr)
     if results:
         print(table(args.tasks, results))
     return results

@@ -42,15 +42,18 @@ class Args:
 
 
 def fill(learner: brc_sac.Learner, steps: int, draw: np.random.Generator) -> None:
-    """Adds `steps` random transitions per task, in episodes of 200 steps."""
-    n, (obs_dim, act_dim, *_) = learner.buffer.num_tasks, learner.buffer.fields
-    for _ in range(steps):
-        learner.env_step += 1
-        learner.buffer.add(
-            draw.standard_normal((n, obs_dim), np.float32), draw.standard_normal((n, act_dim), np.float32),
-            draw.standard_normal(n, np.float32), np.zeros(n, bool), np.full(n, learner.env_step % 200 == 0),
-            draw.standard_normal((n, obs_dim), np.float32),
-        )
+    """Puts `steps` random transitions per task, episodes of 200, where `ReplayBuffer.add` would, at once."""
+    buffer = learner.buffer
+    transition = np.arange(learner.env_step, learner.env_step + steps)
+    learner.env_step += steps
+    row = transition + transition // 200  # a final observation takes a row too; the ring never wraps here
+    for task in range(buffer.num_tasks):
+        values = draw.standard_normal((steps, buffer.ring.shape[-1]), np.float32)
+        buffer.ring[task, row] = torch.from_numpy(values)
+    buffer.row_of[:, transition] = torch.from_numpy(row.astype(np.int32))
+    buffer.transition_at[:, row] = transition
+    buffer.stop[:] = learner.env_step
+    buffer.head[:] = learner.env_step + learner.env_step // 200
 
 
 def main(args: Args) -> None:

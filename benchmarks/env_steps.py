@@ -11,6 +11,7 @@ automatic resets that fall into it: 200 vector steps are one whole episode of Me
 import csv
 import datetime
 import importlib.metadata
+import os
 import platform
 import statistics
 import sys
@@ -27,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 import suites  # noqa: E402
 from suites.vector import VectorEnv, default_workers, num_cores  # noqa: E402
 
-COLUMNS = "suite,num_envs,workers,env_steps_per_s,ms_per_vector_step,hardware,versions,date".split(",")
+COLUMNS = "suite,num_envs,workers,env_steps_per_s,ms_per_vector_step,hardware,load,versions,date,command".split(",")
 PACKAGES = ("mujoco", "gymnasium", "dm_control", "metaworld", "numpy")
 
 
@@ -101,6 +102,7 @@ def main(args: Args) -> None:
         cores = num_cores()
         choices = args.workers or sorted({0, 2, cores, default_workers(tasks)})
         for workers in sorted({min(workers, len(tasks)) for workers in choices}):
+            load = os.getloadavg()[0]  # of the minute before: what else the machine was doing
             seconds = measure(tasks, workers, args.steps, args.repeats)
             rows.append(
                 {
@@ -110,8 +112,10 @@ def main(args: Args) -> None:
                     "env_steps_per_s": f"{len(tasks) / seconds:.0f}",
                     "ms_per_vector_step": f"{seconds * 1e3:.2f}",
                     "hardware": hardware(),
+                    "load": f"{load:.1f}",
                     "versions": " ".join(versions),
                     "date": datetime.date.today().isoformat(),
+                    "command": " ".join(sys.argv),
                 }
             )
             where = f"{workers} workers" if workers else "in-process"

@@ -86,7 +86,9 @@ def score(task: str, episode_return: float, success: float | None) -> float:
 
 
 def steps(tasks: tuple[str, ...]) -> int:
-    """The paper's budget in environment steps per task: the largest among the suites that hold these tasks."""
+    """The paper's budget in environment steps per task: a task's is that of its suite (of the smallest, where several
+    hold it; the demo does not count), and the largest of these tasks' is all tasks'. 500,000 where no suite has one.
+    """
     budgets = [
         min(suite.steps for name, suite in SUITES.items() if name != "demo" and task in suite.tasks + suite.transfer)
         for task in tasks

@@ -1,7 +1,8 @@
 """Rotating an object in a Shadow Hand to a goal orientation (geometry-dex, Huang et al. 2021), a task per object.
 
 The models are not on PyPI: `dex_envs/assets` of github.com/huangwl18/geometry-dex, or of
-github.com/naumix/BiggerRegularizedCategorical, holds them. Say where that folder is:
+github.com/naumix/BiggerRegularizedCategorical, holds them. Say where that folder is, with
+--assets or
 
     export SHADOWHAND_ASSETS=<clone>/dex_envs/assets
 
@@ -74,7 +75,7 @@ def score(task: str, episode_return: float, success: float | None) -> float:
 
 def _model_path(task: str) -> Path:
     assets = os.environ.get("SHADOWHAND_ASSETS")
-    where = "set SHADOWHAND_ASSETS to the folder dex_envs/assets of a clone of github.com/huangwl18/geometry-dex"
+    where = "give --assets, or set it to, the folder dex_envs/assets of a clone of github.com/huangwl18/geometry-dex"
     if not assets:
         raise SuiteError(f"The ShadowHand models are needed for {task}, and SHADOWHAND_ASSETS is not set: {where}.")
     model = Path(assets, "hand", f"manipulate_{task.removeprefix('sh-')}.xml")

@@ -93,6 +93,15 @@ def _views_size(num_envs: int, obs_dim: int, act_dim: int) -> int:
     return num_envs * (4 * (act_dim + 2 * obs_dim + 2) + 2)
 
 
+def _require_finite(name: str, value: np.ndarray | float) -> None:
+    """Raises ValueError, saying what and where, if `value` holds NaN or infinity."""
+    finite = np.isfinite(value)
+    if not finite.all():
+        first = np.flatnonzero(np.logical_not(finite))[0]
+        where = f", first in element {first} of {np.size(value)}" if np.ndim(value) else ""
+        raise ValueError(f"The {name} holds NaN or infinity{where}: {np.ravel(value)[first]}.")
+
+
 class EnvGroup:
     """Some of the environments, those of `rows`, stepped one after the other. Reads and writes only their rows."""
 
@@ -137,8 +146,7 @@ class EnvGroup:
     def _reset(self, row: int, env: gym.Env, seed: int | None = None) -> None:
         with self._blame(row, "in reset"):
             obs, _ = env.reset(seed=seed)
-            if not np.isfinite(obs).all():
-                raise ValueError("The observation holds NaN or infinity.")
+            _require_finite("observation", obs)
         self.episode_steps[row] = 0
         self.out.obs[row, : len(obs)] = obs
 
@@ -150,8 +158,8 @@ class EnvGroup:
                 # A copy: the environment may keep its action, and the next one is written over this memory.
                 action = self.action[row, : env.action_space.shape[0]].copy()
                 obs, reward, terminated, truncated, info = env.step(action)
-                if not (np.isfinite(obs).all() and math.isfinite(reward)):
-                    raise ValueError("The observation or the reward holds NaN or infinity.")
+                _require_finite("observation", obs)
+                _require_finite("reward", reward)
             out.next_obs[row, : len(obs)] = obs
             out.reward[row] = reward
             out.terminated[row] = terminated

@@ -1,6 +1,7 @@
 """Checkpoints: exact resume, damaged files, failing disks, signals, and numbers that are not finite."""
 
 import dataclasses
+import gc
 import json
 import os
 import random
@@ -170,11 +171,24 @@ def damage_flipped_bit(path):
     path.write_bytes(content)
 
 
+def damage_torn(path):
+    """The length is right, but the last blocks never reached the disk."""
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2].ljust(len(content), b"\0"))
+
+
+def damage_hole(path):
+    content = bytearray(path.read_bytes())
+    content[1024:5120] = bytes(4096)
+    path.write_bytes(content)
+
+
 def damage_gone(path):
     path.unlink()
 
 
-@pytest.mark.parametrize("damage", [damage_nothing_left, damage_cut_off, damage_flipped_bit, damage_gone])
+@pytest.mark.parametrize("damage", [damage_nothing_left, damage_cut_off, damage_flipped_bit, damage_torn,
+                                    damage_hole, damage_gone])
 @pytest.mark.parametrize("file", ["checkpoint.pt", "replay/0000000160.pt"])
 def test_a_damaged_checkpoint_falls_back_to_the_previous_one(args, damage, file, capsys):
     brc_sac.train(args)
@@ -215,6 +229,14 @@ def test_two_damaged_checkpoints_are_refused_in_one_sentence(args):
         damage_cut_off(brc_sac.Path(args.run_dir) / name)
     with pytest.raises(brc_sac.UsageError, match="No complete checkpoint in"):
         brc_sac.train(resumed(args))
+
+
+def test_a_damaged_segment_that_both_checkpoints_need_is_named(args):
+    brc_sac.train(args)
+    damage_flipped_bit(brc_sac.Path(args.run_dir) / "replay" / "0000000040.pt")
+    with pytest.raises(brc_sac.UsageError, match="No complete checkpoint in .*0000000040.pt is missing or damaged"):
+        brc_sac.train(resumed(args))
+    brc_sac.evaluate_run(dataclasses.replace(args, evaluate=args.run_dir))  # which needs no replay
 
 
 def test_a_checkpoint_without_replay_can_be_evaluated_and_not_resumed(args, capsys):
@@ -260,6 +282,33 @@ def test_a_full_disk_is_survived(args, failing_disk, capsys):
     assert batch.obs.isfinite().all() and len(batch.obs.unique(dim=0)) > 100  # the rows of the missed ones are there
 
 
+def test_checkpoints_that_fail_leave_nothing_behind_on_a_full_disk(args, monkeypatch, capsys):
+    class FullDisk:
+        def write(self, content):
+            raise OSError(28, "No space left on device")
+
+        def flush(self):
+            pass
+
+    def write(path, content):
+        """The segment still fits, the networks do not, from the third checkpoint on."""
+        if path.name == "checkpoint.new.pt" and content["env_step"] > 80:
+            monkeypatch.setattr(torch, "save", lambda content, file: save(content, FullDisk()))
+        try:
+            write_file(path, content)
+        finally:
+            monkeypatch.setattr(torch, "save", save)
+
+    save, write_file = torch.save, brc_sac.write_file
+    monkeypatch.setattr(brc_sac, "write_file", write)
+    brc_sac.train(args)
+    output = "".join(capsys.readouterr())
+    assert "Checkpoint at step 120 failed ([Errno 28] No space left on device)" in output
+    assert "The last checkpoint is from step 80 of 160" in output
+    assert sorted(os.listdir(brc_sac.Path(args.run_dir) / "replay")) == ["0000000040.pt", "0000000080.pt"]
+    assert learner_of(args).env_step == 80
+
+
 def test_a_run_is_resumed_where_nothing_can_be_written_at_first(args, failing_disk, monkeypatch, capsys):
     run_until(args, 50)
     metrics = brc_sac.Path(args.run_dir) / "metrics.csv"
@@ -302,6 +351,54 @@ def test_sigusr1_writes_a_checkpoint_and_goes_on(args):
     brc_sac.train(args)
     assert {path.name for path in (brc_sac.Path(args.run_dir) / "replay").iterdir()} >= {"0000000033.pt"}
     assert learner_of(args).env_step == 160
+
+
+def test_a_second_sigint_exits_at_once(args):
+    def hook(env):
+        if env.steps == 50:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            raise AssertionError("the step went on")
+
+    Pendulum.hook = hook
+    with pytest.raises(KeyboardInterrupt):
+        brc_sac.train(args)
+    assert learner_of(args).env_step == 40
+
+
+def test_sigterm_during_an_evaluation_leaves_the_evaluation_to_the_resumed_run(args, monkeypatch, tmp_path):
+    brc_sac.train(args)
+    stopped = dataclasses.replace(args, run_dir=str(tmp_path / "stopped"))
+
+    def interrupted(*inputs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*inputs)
+
+    evaluate = brc_sac.evaluate
+    monkeypatch.setattr(brc_sac, "evaluate", interrupted)
+    with pytest.raises(SystemExit) as exit:
+        brc_sac.train(stopped)
+    assert exit.value.code == 128 + signal.SIGTERM
+    assert metrics(stopped).count("\n") == 1 and learner_of(stopped).env_step == 40
+    monkeypatch.setattr(brc_sac, "evaluate", evaluate)
+    brc_sac.train(resumed(stopped))
+    assert metrics(stopped) == metrics(args)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
+def test_memory_does_not_grow_over_fifty_checkpoints(args, monkeypatch):
+    def save(run_dir, learner):
+        save_checkpoint(run_dir, learner)
+        gc.collect()
+        with open("/proc/self/statm") as file:
+            resident.append(int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6)
+
+    save_checkpoint, resident = brc_sac.save_checkpoint, []
+    monkeypatch.setattr(brc_sac, "save_checkpoint", save)
+    brc_sac.train(dataclasses.replace(args, width=64, buffer_size=64, total_steps=300, checkpoint_interval=5,
+                                      eval_interval=300, updates_per_step=1))
+    assert len(resident) == 60
+    assert max(resident[30:]) - max(resident[10:30]) < 4, resident  # MB; a checkpoint is 0.5
 
 
 def test_an_environment_that_returns_nan_is_named_and_a_checkpoint_is_left(args):

@@ -27,9 +27,9 @@ EVALUATED = (100, 200, 250)  # every interval, and the end
 METAWORLD = f"--tasks reach drawer-close {SMALL}"  # episodes of 200 steps: one ends within the run
 # Run name -> arguments. "single" goes where runs go by default; "again" must not differ, however its tasks are stepped.
 RUNS = {
-    "metaworld": f"{METAWORLD} --run-dir metaworld",
-    "again": f"{METAWORLD} --run-dir again --workers 2",
-    "other-seed": f"{METAWORLD} --run-dir other-seed --seed 1",
+    "metaworld": f"{METAWORLD} --variant paper --run-dir metaworld",
+    "again": f"{METAWORLD} --variant paper --run-dir again --workers 2",
+    "other-seed": f"{METAWORLD} --variant paper --run-dir other-seed --seed 1",
     "dmc": f"--tasks cartpole-swingup reacher-easy {SMALL} --variant release --run-dir dmc",
     "single": f"--tasks drawer-close {SMALL} --variant release --no-overlap",
 }
@@ -219,6 +219,106 @@ def test_a_killed_run_resumes_and_misses_nothing(runs, tmp_path):
             assert values[key] == uninterrupted[key]
     assert torch.load(path / "checkpoint.pt", weights_only=True)["env_step"] == 250
     assert not [file for file in path.rglob("*") if file.suffix == ".tmp" or ".new" in file.name]
+
+
+def test_overlap_changes_the_updates_and_not_the_trajectories(tmp_path, monkeypatch):
+    """The same actions lead to the same replay, whether the updates run while the environments step or after it."""
+
+    def act(learner, obs):
+        return np.random.default_rng(learner.env_step).uniform(-1, 1, (2, 4)).astype(np.float32)
+
+    monkeypatch.setattr(brc_sac.Learner, "act", act)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    rows = {}
+    for overlap in (True, False):
+        args = brc_sac.Args(tasks=("reach", "drawer-close"), width=16, actor_width=8, batch_size=8,
+                            learning_starts=20, total_steps=60, eval_interval=60, eval_episodes=1, device="cpu",
+                            workers=2, overlap=overlap, run_dir=str(tmp_path / str(overlap)))
+        args = brc_sac.resolve(args)
+        brc_sac.train(args)
+        learner = brc_sac.Learner(args, 39, 4, torch.device("cpu"), torch.device("cpu"))
+        brc_sac.load_checkpoint(Path(args.run_dir), learner)
+        rows[overlap] = learner.buffer.export(np.zeros(2, np.int64))
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    real = rows[True]["transition"] >= 0  # the others hold an observation only
+    assert real.sum() == 120
+    for name in rows[True]:
+        assert torch.equal(rows[True][name][real], rows[False][name][real]), name
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def assert_gone(pids: list[int]) -> None:
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+LONG = ("--tasks reach drawer-close --width 32 --actor-width 16 --batch-size 32 --learning-starts 150 "
+        "--total-steps 1000000 --eval-interval 2000 --eval-episodes 1 --checkpoint-interval 100 --device cpu "
+        "--compile False")
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_a_killed_worker_ends_the_run_after_a_checkpoint(tmp_path):
+    process = subprocess.Popen(command(f"{LONG} --workers 2 --run-dir run"), cwd=tmp_path, env=environment(),
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    path, deadline = tmp_path / "run" / "checkpoint.previous.pt", time.monotonic() + 120
+    while not path.exists():  # the second checkpoint
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    workers = children(process.pid)
+    assert len(workers) == 4  # two to train, two to evaluate
+    os.kill(workers[1], signal.SIGKILL)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1, stderr
+    stopped = re.search(r"the environments of drawer-close was killed by SIGKILL .*\nStopped at step ([\d,]+)\. "
+                        r"To go on: python brc_sac.py --resume run\n", stderr)
+    assert stopped and "Traceback" not in stderr, stderr
+    assert_gone(workers)
+    step = int(stopped[1].replace(",", ""))
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["env_step"] == step
+    resumed = brc(f"--resume run --total-steps {step + 10}", tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+
+
+FAILING = """
+import gymnasium as gym
+from suites import metaworld
+
+class Failing(gym.Wrapper):
+    steps = 0
+    def step(self, action):
+        self.steps += 1
+        if self.steps == 500:
+            raise ZeroDivisionError("the simulator is unwell")
+        return self.env.step(action)
+
+def make(task, seed, render_mode=None):
+    env = original(task, seed, render_mode=render_mode)
+    return Failing(env) if task == "drawer-close" else env
+
+original, metaworld.make = metaworld.make, make
+"""
+
+
+def test_an_environment_that_raises_at_step_500_is_named_after_a_checkpoint(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(FAILING)  # in the run and in its workers, however they are started
+    paths = os.pathsep.join([str(tmp_path), str(SCRIPT.parent)])
+    process = subprocess.Popen(command(f"{LONG} --workers 2 --checkpoint-interval 2000 --run-dir run"),
+                               cwd=tmp_path, env=environment() | {"PYTHONPATH": paths}, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 1, stderr
+    for text in ("The environment of task 'drawer-close' failed in step, at step 100 of its episode.",
+                 "Traceback (most recent call last)", 'raise ZeroDivisionError("the simulator is unwell")',
+                 "Stopped at step 499. To go on: python brc_sac.py --resume run"):
+        assert text in stderr
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["env_step"] == 499
 
 
 def files_under(folder: Path) -> set[Path]:

@@ -132,7 +132,8 @@ def test_replays_the_original(task, seed, first_sum, goal, tenth_sum, successes)
     assert trace[0].sum() == pytest.approx(first_sum, abs=1e-3)
     assert trace[0][-2:] == pytest.approx(goal, abs=1e-5)
     assert trace[10].sum() == pytest.approx(tenth_sum, abs=1e-2)
-    assert success == pytest.approx(successes, abs=2)
+    # 1e-14 rad at the start, another machine's rounding, moves sh-scissors between 15 and 18.
+    assert success == pytest.approx(successes, abs=5)
     assert rewards == success - 100
 
 

@@ -56,7 +56,7 @@ class Counter(gym.Env):
         if self.steps == 3 and self.trouble == "raise":
             raise ZeroDivisionError("the simulator is unwell")
         if self.steps == 3 and self.trouble == "nan_obs":
-            obs[0] = math.nan
+            obs[1] = math.nan
         if self.steps == 3 and self.trouble == "nan_reward":
             reward = math.nan
         over = self.steps == self.length
@@ -223,9 +223,9 @@ def test_workers_step_while_the_caller_goes_on(vector_env):
     ("trouble", "where", "original"),
     [
         ("raise", "in step, at step 3 of its episode", "ZeroDivisionError: the simulator is unwell"),
-        ("nan_obs", "in step, at step 3 of its episode", "NaN or infinity"),
-        ("nan_reward", "in step, at step 3 of its episode", "NaN or infinity"),
-        ("infinite_reset", "in reset", "NaN or infinity"),
+        ("nan_obs", "in step, at step 3 of its episode", "observation holds NaN or infinity, first in element 1 of 3"),
+        ("nan_reward", "in step, at step 3 of its episode", "The reward holds NaN or infinity: nan"),
+        ("infinite_reset", "in reset", "The observation holds NaN or infinity, first in element 0 of 3: inf"),
     ],
 )
 def test_environment_that_fails_is_named(vector_env, workers, trouble, where, original):
