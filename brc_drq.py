@@ -193,7 +193,7 @@ def resolve(args: Args) -> Args:
     args = fill(args, checkpoint_interval=max(1, args.total_steps // 20))
     if args.compile and not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
         raise UsageError("--compile needs a C++ compiler, and none of c++, g++ and clang++ is on the PATH: install "
-                         "one, or use --no-compile.")
+                         "one, or leave --compile out.")
     # An n-step return is complete n steps later, so there is nothing to learn from before.
     bounds = BOUNDS | dict.fromkeys(("learning_starts", "buffer_size"), (args.n_step, float("inf")))
     for name, (low, high) in bounds.items():
@@ -210,7 +210,7 @@ def fill(args: Args, **defaults) -> Args:
 
 
 # What may change beside --resume or --evaluate: nothing that the learner's numbers depend on.
-MAY_CHANGE = ("total_steps", "device", "replay_device", "precision", "track", "capture_video",
+MAY_CHANGE = ("total_steps", "device", "replay_device", "track", "capture_video",
               "log_interval", "checkpoint_interval", "save_replay", "compile", "resume", "evaluate")
 
 
@@ -224,10 +224,11 @@ def parse_args() -> Args:
         return resolve(args)
     try:
         facts = json.loads((Path(run_dir) / "args.json").read_text())
-        saved = Args(**{field.name: facts[field.name] for field in dataclasses.fields(Args)})
-    except (OSError, ValueError, KeyError) as error:
+        fields = {field.name for field in dataclasses.fields(Args)}  # an older run lacks some
+        saved = Args(**{name: value for name, value in facts.items() if name in fields})
+        saved = dataclasses.replace(saved, tasks=tuple(saved.tasks))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"{run_dir} holds no run to continue (args.json: {error}): give a run directory.") from None
-    saved = dataclasses.replace(saved, tasks=tuple(saved.tasks))
     args = tyro.cli(Args, default=saved)
     may_change = MAY_CHANGE + (("eval_episodes",) if args.evaluate else ())
     for field in dataclasses.fields(Args):
@@ -1031,6 +1032,8 @@ def write_file(path: Path, content: dict) -> None:
             os.fsync(file.fileno())
         os.replace(aside, path)
         sync_directory(path.parent)
+    except RuntimeError as error:  # torch.save reports a full disk as an error of its own
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
     finally:
         aside.unlink(missing_ok=True)
 
@@ -1057,18 +1060,21 @@ def read_file(path: Path) -> dict:
 
 def save_checkpoint(run_dir: Path, learner: "Learner") -> None:
     """Writes the learner's state, and the replay rows it gained since the last checkpoint; OSError if it cannot."""
-    segments = []
-    if learner.args.save_replay:
-        (run_dir / "replay").mkdir(exist_ok=True)
-        oldest = learner.buffer.head - learner.buffer.rows
-        segments = [segment for segment in learner.segments if (segment["head"].numpy() > oldest).any()]
-        since = segments[-1]["head"].numpy() if segments else np.zeros_like(oldest)
-        name = f"{learner.env_step:010d}.pt"
-        write_file(run_dir / "replay" / name, learner.buffer.export(since))
-        segments.append({"file": name, "head": torch.from_numpy(learner.buffer.head.copy())})
-    path, previous = run_dir / "checkpoint.pt", run_dir / "checkpoint.previous.pt"
-    state = learner.state_dict() | {"segments": segments}
-    write_file(run_dir / "checkpoint.new.pt", state)
+    segments, name = [], f"{learner.env_step:010d}.pt"
+    try:
+        if learner.args.save_replay:
+            (run_dir / "replay").mkdir(exist_ok=True)
+            oldest = learner.buffer.head - learner.buffer.rows
+            segments = [segment for segment in learner.segments if (segment["head"].numpy() > oldest).any()]
+            since = segments[-1]["head"].numpy() if segments else np.zeros_like(oldest)
+            write_file(run_dir / "replay" / name, learner.buffer.export(since))
+            segments.append({"file": name, "head": torch.from_numpy(learner.buffer.head.copy())})
+        path, previous = run_dir / "checkpoint.pt", run_dir / "checkpoint.previous.pt"
+        write_file(run_dir / "checkpoint.new.pt", learner.state_dict() | {"segments": segments})
+    except (OSError, RuntimeError):  # the next try writes these rows again: on a full disk they must not pile up
+        with contextlib.suppress(OSError):
+            (run_dir / "replay" / name).unlink(missing_ok=True)
+        raise
     if path.exists():
         os.replace(path, previous)
     os.replace(run_dir / "checkpoint.new.pt", path)
@@ -1095,18 +1101,18 @@ def load_checkpoint(run_dir: Path, learner: "Learner", replay: bool = True) -> N
             if replay and not state["segments"]:
                 raise CheckpointError(f"{run_dir / name} was saved without its replay (--no-save-replay): "
                                       "it serves --evaluate only, and cannot be resumed")
-            files = [run_dir / "replay" / segment["file"] for segment in state["segments"]]
-            segments = [read_file(file) for file in files] if replay else []
+            if replay:  # one segment at a time: all of them would double the memory
+                files = [run_dir / "replay" / segment["file"] for segment in state["segments"]]
+                learner.buffer.load(state["buffer"], map(read_file, files))
         except CheckpointError as error:
             failures.append(str(error))
             continue
         if failures:
             print(f"{failures[0]}; going on from {run_dir / name} at step {state['env_step']:,}.", file=sys.stderr)
             if replay:  # so that the next checkpoint does not push this one out in favour of the damaged one
-                os.replace(run_dir / name, run_dir / "checkpoint.pt")
+                with contextlib.suppress(OSError):  # a read-only disk
+                    os.replace(run_dir / name, run_dir / "checkpoint.pt")
         learner.load_state_dict(state)
-        if replay:
-            learner.buffer.load(state["buffer"], segments)
         return
     raise CheckpointError(f"No complete checkpoint in {run_dir}: {'; '.join(failures)}.")
 
@@ -1238,6 +1244,7 @@ def train(args: Args) -> list[dict]:
     if args.track and importlib.util.find_spec("wandb") is None:
         raise UsageError("--track needs W&B, which is not installed: pip install wandb, or leave --track out.")
     suites.check(args.tasks)
+    signals = Signals()
     envs = Games(args.tasks, args.max_frames)
     eval_envs = Games([task for task in args.tasks for _ in range(args.eval_episodes)], args.max_frames)
     try:
@@ -1248,7 +1255,6 @@ def train(args: Args) -> list[dict]:
     if args.resume:
         load_checkpoint(run_dir, learner)
         learner.cut_episodes()
-    signals = Signals()
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_args(args, run_dir, device, learner.env_step)
@@ -1341,6 +1347,9 @@ def train(args: Args) -> list[dict]:
         raise SystemExit(128 + signals.stop)
     if saved_step == start_step < learner.env_step:
         raise RunError(f"No checkpoint of {args.exp_name} could be written to {run_dir}.")
+    if saved_step < learner.env_step:
+        print(f"The last checkpoint is from step {saved_step:,} of {learner.env_step:,}: later ones could not be "
+              "written.", file=sys.stderr)
     if results:
         print(table(args.tasks, results))
     return results
