@@ -136,7 +136,7 @@ class Games:
     differ in the start, where here 0 to 30 no-ops are drawn and by Gymnasium 1 to 30, and in the time limit, where
     Gymnasium counts the no-ops' frames among the 108,000 and this does not. In both, the newest frame of an episode's
     final observation lacks the emulator's very last frame in its maximum. Native, because its threads step beside the
-    updates without worker processes, and it is faster: benchmarks/README.md.
+    updates without worker processes, and at no lower speed: benchmarks/README.md.
 
     max_frames: the time limit of an episode. Raises SuiteError if ale-py is missing.
     """
