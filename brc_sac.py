@@ -63,9 +63,9 @@ class Args:
     """Task names, in place of --suite's; any names the suites know. One task = single-task mode."""
     split: Literal["all", "pretrain"] = "all"
     """All of the suite's tasks, or those that the paper pretrains on before transfer."""
-    variant: Literal["paper", "release"] = "release"
+    variant: Literal["paper", "release"] = "paper"
     """Where the paper's text and the authors' code differ (embedding norm, truncation bootstrap, entropy share of the
-    return scale): follow the text or the code. The code learned faster (benchmarks/README.md)."""
+    return scale): follow the text or the code. Neither learned faster on the demo."""
     width: int | None = None
     """Critic width H in units; default 4096 (paper), for the demo 128."""
     seed: int = 0
