@@ -183,7 +183,7 @@ def resolve(args: Args) -> Args:
     atari = [task for task in tasks if suites.benchmark(task) is suites.atari]
     if atari:
         raise UsageError(f"{atari[0]} is an Atari game, played from pixels: brc_sac.py runs continuous control only, "
-                         "so leave the games out.")
+                         "so leave the games out, or use brc_drq.py for them.")
     label = args.suite + "-pretrain" * (args.split == "pretrain")
     if args.tasks:
         label = "-".join(tasks) if len(tasks) <= 3 else f"{len(tasks)}tasks"

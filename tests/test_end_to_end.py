@@ -339,7 +339,7 @@ def assert_refused(process: subprocess.CompletedProcess, message: str) -> None:
         ("--suite nonsense", "Unknown suite 'nonsense': .*demo"),
         ("--tasks reach draw-close", "Unknown task 'draw-close': did you mean drawer-close"),
         ("--tasks reach --width -4", "--width is -4"),
-        ("--tasks reach Pong", "Pong is an Atari game.*leave the games out"),
+        ("--tasks reach Pong", "Pong is an Atari game.*leave the games out, or use brc_drq.py"),
         ("--resume nowhere", "nowhere holds no run"),
         pytest.param("--tasks reach --device cuda", "Device 'cuda' is not on this machine: give cpu",
                      marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")),

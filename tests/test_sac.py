@@ -889,8 +889,8 @@ def test_means_over_tasks_and_the_table():
         (dict(suite="nonsense"), "Unknown suite 'nonsense'.*mw.*demo"),
         (dict(tasks=("reahc",)), "Unknown task 'reahc': did you mean reach"),
         (dict(tasks=("reach", "walker-run", "reach")), "'reach' was given more than once"),
-        (dict(tasks=("reach", "Pong")), "Pong is an Atari game.*leave the games out"),
-        (dict(suite="atari"), "Atari game.*leave the games out"),
+        (dict(tasks=("reach", "Pong")), "Pong is an Atari game.*leave the games out, or use brc_drq.py"),
+        (dict(suite="atari"), "Atari game.*leave the games out, or use brc_drq.py"),
         (dict(suite="dmc-dogs", split="pretrain"), "'dmc-dogs' has no pretrain split.*mw"),
         *((dict([(name, value)]), f"--{name.replace('_', '-')} is {value}: give .*{bound}") for name, value, bound in (
             *((name, value, "at least 1") for value in (0, -3) for name in (
