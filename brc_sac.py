@@ -1148,7 +1148,7 @@ def load_checkpoint(run_dir: Path, learner: "Learner | None", replay: bool = Tru
             continue
         if failures:
             print(f"{failures[0]}; going on from {run_dir / name} at step {state['env_step']:,}.", file=sys.stderr)
-            if replay and not make:  # so that the next checkpoint does not push this one out in favour of the damaged one
+            if replay and not make:  # so that the next checkpoint does not push this one out for the damaged one
                 with contextlib.suppress(OSError):  # a read-only disk
                     os.replace(run_dir / name, run_dir / "checkpoint.pt")
         learner.load_state_dict(state)
@@ -1371,7 +1371,8 @@ def train(args: Args, prepare: Callable[["Learner"], None] | None = None, go_on:
                 logger.training(learner, metrics, speed)
     except torch.OutOfMemoryError as error:
         raise RunError(f"{device} is out of memory at step {learner.env_step:,} ({str(error).splitlines()[0]}): resume "
-                       f"with --replay-device cpu ({go_on}), or start with a smaller --batch-size or --width.") from None
+                       f"with --replay-device cpu ({go_on}), or start with a smaller --batch-size or --width."
+                       ) from None
     except EnvError as error:
         checkpoint()
         raise RunError(f"{error}\nStopped at step {learner.env_step:,}. To go on: {go_on}") from None
