@@ -5,7 +5,7 @@ SAC + two BroNet critics with categorical cross-entropy TD + learned task embedd
 
     python brc_sac.py --suite demo                          four MetaWorld tasks on a laptop's CPU, minutes
     python brc_sac.py --suite mw --width 4096               MetaWorld-50 as in the paper (one GPU)
-    python brc_sac.py --suite mw --split pretrain           the 45 tasks that the paper pretrains on
+    python brc_sac.py --suite mw --split pretrain           the 45 tasks that the paper pretrains on, for transfer.py
     python brc_sac.py --tasks ball_in_cup-catch             single-task mode: batch 256, no task embedding
     python brc_sac.py --tasks walker-run reach hopper-hop   any mix of tasks; observations and actions are padded
     python brc_sac.py --suite demo --total-steps 300 --learning-starts 100 --eval-episodes 1     CPU smoke test
@@ -63,9 +63,9 @@ class Args:
     """Task names, in place of --suite's; any names the suites know. One task = single-task mode."""
     split: Literal["all", "pretrain"] = "all"
     """All of the suite's tasks, or those that the paper pretrains on before transfer."""
-    variant: Literal["paper", "release"] = "release"
+    variant: Literal["paper", "release"] = "paper"
     """Where the paper's text and the authors' code differ (embedding norm, truncation bootstrap, entropy share of the
-    return scale): follow the text or the code. The code learned faster (benchmarks/README.md)."""
+    return scale): follow the text or the code. Neither learned faster on the demo."""
     width: int | None = None
     """Critic width H in units; default 4096 (paper), for the demo 128."""
     seed: int = 0
@@ -109,7 +109,8 @@ class Args:
     checkpoint_interval: int | None = None
     """Environment steps per task between checkpoints; default every evaluation."""
     save_replay: bool = True
-    """Keep the replay in the checkpoints; without it a run can be evaluated, but not resumed."""
+    """Keep the replay in the checkpoints; without it a run can be evaluated, and serve transfer.py model and embedding,
+    but not be resumed."""
 
     updates_per_step: int = 2
     """Gradient updates per environment step of all tasks in parallel (paper)."""
@@ -142,6 +143,15 @@ class Args:
     init_temperature: float = 0.1
     """Initial entropy temperature alpha (release)."""
 
+    embedding_rows: int | None = None
+    """Rows of the task embedding; default one per task, none in single-task mode (paper). Set by transfer.py."""
+    embedding_only: bool = False
+    """Freeze everything but the task embedding. Set by transfer.py."""
+    random_start: bool = True
+    """Act at random until learning starts (release); off = by the policy. Set by transfer.py."""
+    pad_to: tuple[int, int] = (0, 0)
+    """Least sizes of observation and action, up to which they are padded with zeros. Set by transfer.py."""
+
 
 class UsageError(ValueError):
     """Arguments that cannot be run; its message is one sentence for the user."""
@@ -163,7 +173,7 @@ BOUNDS = dict.fromkeys(
 ) | {
     "seed": (0, float("inf")), "workers": (0, float("inf")), "num_atoms": (2, float("inf")),
     "gamma": (0, 0.99999), "tau": (0, 1), "weight_decay": (0, 1e6), "learning_rate": (1e-12, 1e6),
-    "v_max": (1e-6, 1e6), "init_temperature": (1e-12, 1e6),
+    "v_max": (1e-6, 1e6), "init_temperature": (1e-12, 1e6), "embedding_rows": (0, float("inf")),
 }
 
 
@@ -199,6 +209,9 @@ def resolve(args: Args) -> Args:
     if args.compile and not has_compiler():
         raise UsageError("--compile needs a C++ compiler, and none of c++, g++ and clang++ is on the PATH: install "
                          "one, or use --compile False.")
+    if args.embedding_rows and args.embedding_rows < len(tasks):
+        raise UsageError(f"--embedding-rows is {args.embedding_rows} for {len(tasks)} tasks: give one row per task or "
+                         "more, or 0 for no task embedding.")
     for name, (low, high) in BOUNDS.items():
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
@@ -229,13 +242,10 @@ def parse_args() -> Args:
     run_dir = args.resume or args.evaluate
     if not run_dir:
         return resolve(args)
-    try:
-        facts = json.loads((Path(run_dir) / "args.json").read_text())
-        fields = {field.name for field in dataclasses.fields(Args)}  # an older run lacks some
-        saved = Args(**{name: value for name, value in facts.items() if name in fields})
-        saved = dataclasses.replace(saved, tasks=tuple(saved.tasks))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UsageError(f"{run_dir} holds no run to continue (args.json: {error}): give a run directory.") from None
+    saved, facts = read_args(Path(run_dir))
+    if args.resume and "transfer" in facts:
+        raise UsageError(f"{run_dir} is a run of transfer.py: continue it with "
+                         f"python transfer.py {facts['transfer']['method']} --resume {run_dir}.")
     args = tyro.cli(Args, default=saved)
     may_change = MAY_CHANGE + (("eval_episodes",) if args.evaluate else ())
     for field in dataclasses.fields(Args):
@@ -243,7 +253,20 @@ def parse_args() -> Args:
         if old != new and field.name not in may_change:
             raise UsageError(f"{flag(field.name)} is {old} in {run_dir} and cannot become {new}: "
                              f"beside a run directory only {', '.join(map(flag, may_change[:-2]))} may change.")
+    if args.evaluate:  # a zero-shot transfer has no steps
+        args = dataclasses.replace(args, total_steps=max(1, args.total_steps))
     return resolve(args)
+
+
+def read_args(run_dir: Path) -> tuple[Args, dict]:
+    """The arguments in a run directory, and all of its args.json. Raises UsageError."""
+    try:
+        facts = json.loads((run_dir / "args.json").read_text())
+        names = [field.name for field in dataclasses.fields(Args) if field.name in facts]  # an older run lacks some
+        lists = {name: tuple(facts[name]) for name in ("tasks", *names) if isinstance(facts[name], list)}
+        return Args(**{name: facts[name] for name in names} | lists), facts
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{run_dir} holds no run to continue (args.json: {error}): give a run directory.") from None
 
 
 def exit_on_error(function):
@@ -251,7 +274,7 @@ def exit_on_error(function):
     try:
         return function()
     except (UsageError, suites.SuiteError, RunError, EnvError) as error:
-        print(f"brc_sac.py: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         raise SystemExit(1 if isinstance(error, RuntimeError) else 2) from None
 
 
@@ -321,13 +344,20 @@ class TaskEmbedding(nn.Module):
         return weight / torch.linalg.vector_norm(weight, ord=self.order, dim=-1, keepdim=True)  # [B, 32]
 
 
+def embedding_rows(args: Args, num_tasks: int) -> int:
+    """One per task, none in single-task mode (paper), or as transfer.py says."""
+    default = num_tasks if num_tasks > 1 else 0
+    return default if args.embedding_rows is None else args.embedding_rows
+
+
 class Critic(nn.Module):
     """Two independent BroNets that map (obs, action, embedding) to K logits, and the task embedding they share."""
 
     def __init__(self, args: Args, obs_dim: int, act_dim: int, num_tasks: int):
         super().__init__()
-        self.embedding = TaskEmbedding(num_tasks, args.embedding_dim, args.variant) if num_tasks > 1 else None
-        in_features = obs_dim + act_dim + (args.embedding_dim if num_tasks > 1 else 0)
+        rows = embedding_rows(args, num_tasks)
+        self.embedding = TaskEmbedding(rows, args.embedding_dim, args.variant) if rows else None
+        in_features = obs_dim + act_dim + (args.embedding_dim if rows else 0)
         # A plain loop over two members beats vmap and batched matmuls on CPU.
         self.members = nn.ModuleList(
             nn.Sequential(BroNet(in_features, args.width, args.critic_depth), Dense(args.width, args.num_atoms))
@@ -353,7 +383,7 @@ class Actor(nn.Module):
 
     def __init__(self, args: Args, obs_dim: int, act_dim: int, num_tasks: int):
         super().__init__()
-        in_features = obs_dim + (args.embedding_dim if num_tasks > 1 else 0)
+        in_features = obs_dim + (args.embedding_dim if embedding_rows(args, num_tasks) else 0)
         self.body = BroNet(in_features, args.actor_width, args.actor_depth)
         self.mean = Dense(args.actor_width, act_dim)
         self.log_std = Dense(args.actor_width, act_dim, gain=1.0)
@@ -409,7 +439,7 @@ class ReturnNormalizer:
         last_value [N]: the critic's value of the last state in raw reward units, for the paper variant; without it
         (before the critic has learned anything) a truncated episode bootstraps with 0.
         """
-        for rewards, value in zip(self.episode_rewards, reward.tolist(), strict=True):
+        for rewards, value in zip(self.episode_rewards, reward.tolist()):  # transfer.py has tasks that do not step
             rewards.append(value)
         for task in np.flatnonzero(terminated | truncated):
             self.finish(task, terminated[task], 0.0 if last_value is None else last_value[task])
@@ -670,8 +700,11 @@ class Agent:
             self.log_temperature = nn.Parameter(torch.tensor(args.init_temperature).log())
             self.task_ids = torch.arange(num_tasks)
         self.target.load_state_dict(self.critic.state_dict())
+        if args.embedding_only:
+            self.critic.members.requires_grad_(False)
+            self.target.embedding = self.critic.embedding  # the one that learns is the only one there is
         self.critic_parameters, self.target_parameters = list(self.critic.parameters()), list(self.target.parameters())
-        self.critic_optimizer = make_adamw(self.critic_parameters, args)
+        self.critic_optimizer = make_adamw([p for p in self.critic_parameters if p.requires_grad], args)
         self.actor_optimizer = make_adamw(list(self.actor.parameters()), args)
         self.temperature_optimizer = make_temperature_adam(self.log_temperature, args)
         # The one place that decides how the update runs: eager in float32 is the same code.
@@ -698,6 +731,10 @@ class Agent:
             loss, critic_metrics = self.critic_loss(self.critic, self.target, self.actor, temperature, self.args.gamma,
                                                     batch, next_noise)
         optimize(self.critic_optimizer, loss)
+        if self.args.embedding_only:
+            with torch.no_grad(), self.autocast:
+                _, log_prob, actor_metrics = self.actor_loss(self.critic, self.actor, temperature, batch, noise)
+            return critic_metrics | actor_metrics | {"temperature": temperature}, log_prob
         # 4: target <- tau critic + (1 - tau) target
         with torch.no_grad():
             torch._foreach_lerp_(self.target_parameters, self.critic_parameters, self.args.tau)
@@ -749,7 +786,8 @@ class Learner:
         torch.manual_seed(derived_seed(args.seed, "networks"))
         self.args, self.device, self.noise_shape = args, device, (args.batch_size, act_dim)
         self.agent = Agent(args, obs_dim, act_dim, num_tasks, device)
-        self.normalizer = ReturnNormalizer(args, num_tasks, act_dim, device)
+        self.task_names = args.tasks  # of the normaliser's rows; transfer.py adds those of a pretraining replay
+        self.normalizer = ReturnNormalizer(args, max(num_tasks, embedding_rows(args, num_tasks)), act_dim, device)
         capacity = min(args.buffer_size, args.total_steps)
         self.buffer = ReplayBuffer(num_tasks, obs_dim, act_dim, capacity, replay_device)
         self.generators = {name: torch.Generator(where).manual_seed(derived_seed(args.seed, name))
@@ -760,7 +798,7 @@ class Learner:
     def act(self, obs: np.ndarray) -> np.ndarray:
         """Exploring actions [N, A] for observations [N, O]: uniform until learning starts, then the policy's."""
         shape = (len(obs), self.agent.act_dim)
-        if self.env_step < self.args.learning_starts:
+        if self.args.random_start and self.env_step < self.args.learning_starts:
             action = 2 * torch.rand(shape, generator=self.generators["noise"], device=self.device) - 1
         else:
             noise = torch.randn(shape, generator=self.generators["noise"], device=self.device)
@@ -956,7 +994,7 @@ class Logger:
         """Losses, entropy, temperature, return scales and speed. Waits for the device."""
         scales = learner.normalizer.denominator(learner.agent.temperature).tolist()
         scalars = {f"train/{name}": value.item() for name, value in metrics.items()}
-        scalars |= {f"return_scale/{task}": scale for task, scale in zip(self.args.tasks, scales, strict=True)}
+        scalars |= {f"return_scale/{task}": scale for task, scale in zip(learner.task_names, scales, strict=True)}
         scalars["time/env_steps_per_second"] = steps_per_second
         self.tensorboard(lambda writer: [writer.add_scalar(name, value, learner.env_step)
                                          for name, value in scalars.items()])
@@ -1074,21 +1112,34 @@ def save_checkpoint(run_dir: Path, learner: "Learner") -> None:
     learner.segments = segments
 
 
-def load_checkpoint(run_dir: Path, learner: "Learner", replay: bool = True) -> None:
+def checkpoint_sizes(state: dict, args: Args) -> tuple[int, int]:
+    """The sizes O and A of the observations and actions that a checkpoint's networks take."""
+    actor = state["agent"]["actor"]
+    embedding_dim = args.embedding_dim if embedding_rows(args, len(args.tasks)) else 0
+    return actor["body.dense0.weight"].shape[1] - embedding_dim, len(actor["mean.bias"])
+
+
+def load_checkpoint(run_dir: Path, learner: "Learner | None", replay: bool = True,
+                    make: Callable[[dict], "Learner"] | None = None) -> "Learner":
     """Restores what `save_checkpoint` wrote, from the newest complete checkpoint of `run_dir`.
 
-    Raises CheckpointError if there is none, or none with a replay where `replay` asks for it.
+    For transfer.py: `make` makes the learner of the checkpoint's state, and `run_dir` stays as it is. Raises
+    CheckpointError if there is no checkpoint, or none with a replay where `replay` asks for it.
     """
     names, failures = ("checkpoint.pt", "checkpoint.previous.pt"), []
-    if replay and not any((run_dir / name).exists() for name in names):
+    if replay and not make and not any((run_dir / name).exists() for name in names):
         print(f"{run_dir} has no checkpoint yet: starting from step 0.", file=sys.stderr)
-        return
+        return learner
     for name in names:
         try:
             state = read_file(run_dir / name)
+            if not isinstance(state, dict) or "segments" not in state:
+                raise CheckpointError(f"{run_dir / name} is not a checkpoint of this program")
             if replay and not state["segments"]:
-                raise CheckpointError(f"{run_dir / name} was saved without its replay (--no-save-replay): "
-                                      "it serves --evaluate only, and cannot be resumed")
+                raise CheckpointError(f"{run_dir / name} was saved without its replay (--no-save-replay): it serves "
+                                      "--evaluate and transfer.py model and embedding, but no --resume and no "
+                                      "transfer.py data")
+            learner = make(state) if make else learner
             if replay:  # one segment at a time: all of them would double the memory
                 files = [run_dir / "replay" / segment["file"] for segment in state["segments"]]
                 learner.buffer.load(state["buffer"], map(read_file, files))
@@ -1097,11 +1148,11 @@ def load_checkpoint(run_dir: Path, learner: "Learner", replay: bool = True) -> N
             continue
         if failures:
             print(f"{failures[0]}; going on from {run_dir / name} at step {state['env_step']:,}.", file=sys.stderr)
-            if replay:  # so that the next checkpoint does not push this one out in favour of the damaged one
+            if replay and not make:  # so that the next checkpoint does not push this one out for the damaged one
                 with contextlib.suppress(OSError):  # a read-only disk
                     os.replace(run_dir / name, run_dir / "checkpoint.pt")
         learner.load_state_dict(state)
-        return
+        return learner
     raise CheckpointError(f"No complete checkpoint in {run_dir}: {'; '.join(failures)}.")
 
 
@@ -1125,7 +1176,7 @@ def derived_seed(seed: int, purpose: str, env_step: int = 0) -> int:
     return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1)[0] >> 1)
 
 
-def write_args(args: Args, run_dir: Path, device: torch.device, env_step: int) -> None:
+def write_args(args: Args, run_dir: Path, device: torch.device, env_step: int, **more) -> None:
     """args.json: the arguments, what else a reader needs to repeat the run, and, under `resumed`, every resume."""
     git = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     here = Path(__file__).resolve().parent
@@ -1136,7 +1187,7 @@ def write_args(args: Args, run_dir: Path, device: torch.device, env_step: int) -
         "command": " ".join(sys.argv),
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
         "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in packages},
-    }
+    } | more
     path = run_dir / "args.json"
     if args.resume:
         first = json.loads(path.read_text())
@@ -1193,7 +1244,7 @@ def check_finite(learner: Learner, metrics: dict[str, Tensor], run_dir: Path) ->
     """Raises RunError, and dumps the batch, if a loss or an action is NaN or infinite. The device was just waited for."""
     for name in ("critic_loss", "actor_loss", "temperature_loss", "action"):
         if name in metrics and not metrics[name].isfinite():
-            culprits = {f"{field} of {learner.args.tasks[task]}"
+            culprits = {f"{field} of {learner.task_names[task]}"
                         for field, values in learner.batch._asdict().items()
                         for task in learner.batch.task_id[~values.isfinite().view(len(values), -1).all(1)].tolist()}
             with contextlib.suppress(OSError, RuntimeError):  # a full disk shall not hide the cause
@@ -1203,9 +1254,12 @@ def check_finite(learner: Learner, metrics: dict[str, Tensor], run_dir: Path) ->
                            f"{run_dir / 'nonfinite_batch.pt'}; the last checkpoint is from before.")
 
 
-def train(args: Args) -> list[dict]:
+def train(args: Args, prepare: Callable[["Learner"], None] | None = None, go_on: str | None = None, **facts
+          ) -> list[dict]:
     """Trains as `args` say; returns the last evaluation's means, one dict per task.
 
+    For transfer.py: `prepare` sets up the fresh learner, which is then evaluated at its first step too; `go_on` is the
+    command that continues the run; `facts` are added to args.json.
     Raises UsageError or suites.SuiteError, before anything is created, for arguments that cannot be run, and RunError
     for a run that cannot go on.
     """
@@ -1213,6 +1267,7 @@ def train(args: Args) -> list[dict]:
     replay_device = choose_device(args.replay_device) if args.replay_device else device
     stamp = time.strftime("%Y%m%d-%H%M%S")
     run_dir = Path(args.resume or args.run_dir or f"runs/{args.exp_name}__{args.seed}__{stamp}")
+    go_on = go_on or f"python brc_sac.py --resume {run_dir}"
     if not args.resume and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise UsageError(f"Run directory {run_dir} already holds files: give another --run-dir, or --resume {run_dir} "
                          "to continue the run that is there.")
@@ -1221,20 +1276,22 @@ def train(args: Args) -> list[dict]:
     suites.check(args.tasks)
     workers = default_workers(args.tasks) if args.workers is None else args.workers
     signals = Signals()
-    envs = VectorEnv(args.tasks, seed=args.seed, workers=workers)
+    envs = VectorEnv(args.tasks, seed=args.seed, workers=workers, pad_to=args.pad_to)
     eval_envs = VectorEnv(args.tasks, seed=args.seed, workers=0 if args.capture_video else workers,
-                          render=args.capture_video)
+                          render=args.capture_video, pad_to=args.pad_to)
     try:
         learner = Learner(args, envs.obs_dim, envs.act_dim, device, replay_device)
     except RuntimeError as error:  # torch's, also for a CPU
         raise UsageError(f"The networks and the replay do not fit in memory ({str(error).splitlines()[0]}): give "
                          "--replay-device cpu, or a smaller --buffer-size or --width.") from None
+    if prepare:
+        prepare(learner)
     if args.resume:
         load_checkpoint(run_dir, learner)
         learner.cut_episodes()
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_args(args, run_dir, device, learner.env_step)
+        write_args(args, run_dir, device, learner.env_step, **facts)
     except OSError as error:
         if not args.resume:
             raise UsageError(f"Run directory {run_dir} cannot be written ({error}): give another --run-dir.") from None
@@ -1280,7 +1337,7 @@ def train(args: Args) -> list[dict]:
             due = learner.env_step % args.eval_interval == 0 or learner.env_step == args.total_steps
             if due or learner.env_step % args.checkpoint_interval == 0 or signals.stop or signals.checkpoint:
                 checkpoint()
-            if due and learner.env_step > 0 and not signals.stop and not logger.has(learner.env_step):
+            if due and (learner.env_step > 0 or prepare) and not signals.stop and not logger.has(learner.env_step):
                 results = evaluation()
             if signals.stop or learner.env_step >= args.total_steps:
                 break
@@ -1314,12 +1371,11 @@ def train(args: Args) -> list[dict]:
                 logger.training(learner, metrics, speed)
     except torch.OutOfMemoryError as error:
         raise RunError(f"{device} is out of memory at step {learner.env_step:,} ({str(error).splitlines()[0]}): resume "
-                       f"with --replay-device cpu (python brc_sac.py --resume {run_dir}), or start with a smaller "
-                       "--batch-size or --width.") from None
+                       f"with --replay-device cpu ({go_on}), or start with a smaller --batch-size or --width."
+                       ) from None
     except EnvError as error:
         checkpoint()
-        raise RunError(f"{error}\nStopped at step {learner.env_step:,}. To go on: "
-                       f"python brc_sac.py --resume {run_dir}") from None
+        raise RunError(f"{error}\nStopped at step {learner.env_step:,}. To go on: {go_on}") from None
     finally:
         bar.close()
         envs.close()
@@ -1327,8 +1383,7 @@ def train(args: Args) -> list[dict]:
         logger.tensorboard(lambda writer: writer.close())
     if signals.stop:
         print(f"Stopped by {signal.Signals(signals.stop).name} at step {learner.env_step:,}. "
-              f"The last checkpoint is from step {saved_step:,}; to go on: "
-              f"python brc_sac.py --resume {run_dir}", file=sys.stderr)
+              f"The last checkpoint is from step {saved_step:,}; to go on: {go_on}", file=sys.stderr)
         raise SystemExit(128 + signals.stop)
     if saved_step == start_step < learner.env_step:
         raise RunError(f"No checkpoint of {args.exp_name} could be written to {run_dir}.")
@@ -1345,7 +1400,7 @@ def evaluate_run(args: Args) -> None:
     run_dir, device = Path(args.evaluate), choose_device(args.device)
     suites.check(args.tasks)
     workers = 0 if args.capture_video else default_workers(args.tasks) if args.workers is None else args.workers
-    envs = VectorEnv(args.tasks, seed=args.seed, workers=workers, render=args.capture_video)
+    envs = VectorEnv(args.tasks, seed=args.seed, workers=workers, render=args.capture_video, pad_to=args.pad_to)
     no_replay = dataclasses.replace(args, buffer_size=1)
     learner = Learner(no_replay, envs.obs_dim, envs.act_dim, device, choose_device("cpu"))
     load_checkpoint(run_dir, learner, replay=False)

@@ -29,7 +29,7 @@ SUITES = {
         transfer=TRANSFER,
     ),
     # What a newcomer runs first, on a laptop's CPU in minutes: four of the easiest.
-    "demo": Suite(tasks=("reach", "drawer-close", "handle-press", "coffee-button"), steps=24_000),
+    "demo": Suite(tasks=("reach", "drawer-close", "handle-press", "coffee-button"), steps=36_000),
 }
 
 

@@ -294,7 +294,8 @@ class VectorEnv:
     The seed of an environment depends on `seed` and its index alone: trajectories are the same whatever `workers` is.
 
     tasks: N task names. workers: number of worker processes, 0 steps in this one. render: make `render()` possible.
-    make: `make(task, seed, render_mode=...)`, instead of `suites.make`; workers import it by its name.
+    make: `make(task, seed, render_mode=...)`, instead of `suites.make`; workers import it by its name. pad_to: least O
+    and A.
     Raises SuiteError where a task cannot be made. Every method raises EnvError where an environment or a worker
     fails; the vector environment is closed then.
     """
@@ -306,6 +307,7 @@ class VectorEnv:
         workers: int = 0,
         render: bool = False,
         make: Callable[..., gym.Env] | None = None,
+        pad_to: tuple[int, int] = (0, 0),
     ):
         self.tasks = tuple(tasks)
         self.num_envs = len(self.tasks)
@@ -322,7 +324,8 @@ class VectorEnv:
                 self._workers.append(worker)
             self._pending = "make"
             self.obs_dims, self.act_dims = np.array(self._by_row(self._receive())).T
-            self.obs_dim, self.act_dim = int(self.obs_dims.max()), int(self.act_dims.max())
+            self.obs_dim = max(int(self.obs_dims.max()), pad_to[0])
+            self.act_dim = max(int(self.act_dims.max()), pad_to[1])
             sizes = self.num_envs, self.obs_dim, self.act_dim
             memory.truncate(_views_size(*sizes))
             self._action, self._out = _views(mmap.mmap(memory.fileno(), 0), *sizes)

@@ -925,12 +925,12 @@ def test_a_device_that_is_not_there_is_refused(name):
     ("given_args", "resolved"),
     [
         (dict(), dict(width=4096, batch_size=1024, learning_starts=5000, total_steps=500_000, eval_interval=25_000,
-                      checkpoint_interval=25_000, exp_name="brc_sac-mw-release", tasks=suites.SUITES["mw"].tasks)),
+                      checkpoint_interval=25_000, exp_name="brc_sac-mw-paper", tasks=suites.SUITES["mw"].tasks)),
         (dict(tasks=("ball_in_cup-catch",), variant="release"),
          dict(width=4096, batch_size=256, learning_starts=5000, exp_name="brc_sac-ball_in_cup-catch-release")),
         (dict(tasks=("reach", "walker-run")), dict(batch_size=1024, total_steps=500_000)),
         (dict(tasks=("h1-walk", "reach")), dict(total_steps=1_000_000)),  # the longest budget of the tasks' suites
-        (dict(split="pretrain"), dict(exp_name="brc_sac-mw-pretrain-release", tasks=suites.SUITES["mw"].pretrain)),
+        (dict(split="pretrain"), dict(exp_name="brc_sac-mw-pretrain-paper", tasks=suites.SUITES["mw"].pretrain)),
         (dict(suite="demo"), dict(tasks=suites.SUITES["demo"].tasks, width=128, batch_size=256, learning_starts=1000)),
         (dict(suite="demo", width=64, batch_size=32, total_steps=7), dict(width=64, batch_size=32, total_steps=7)),
         (dict(suite="demo", tasks=("reach",)), dict(width=4096)),  # a task of one's own is not the demo

@@ -29,7 +29,7 @@ def episode(env: gym.Env, steps: int, seed: int | None = None) -> np.ndarray:
     ("suite", "tasks", "pretrain", "transfer", "steps"),
     [
         ("mw", 50, 45, 5, 500_000),
-        ("demo", 4, 0, 0, 24_000),
+        ("demo", 4, 0, 0, 36_000),
         ("dmc-dogs", 4, 0, 0, 500_000),
         ("dmc-humanoids", 3, 0, 0, 500_000),
         ("mw-dmc", 80, 0, 0, 500_000),
