@@ -1098,6 +1098,8 @@ def load_checkpoint(run_dir: Path, learner: "Learner", replay: bool = True) -> N
     for name in names:
         try:
             state = read_file(run_dir / name)
+            if not isinstance(state, dict) or "segments" not in state:
+                raise CheckpointError(f"{run_dir / name} is not a checkpoint of this program")
             if replay and not state["segments"]:
                 raise CheckpointError(f"{run_dir / name} was saved without its replay (--no-save-replay): "
                                       "it serves --evaluate only, and cannot be resumed")
