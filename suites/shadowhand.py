@@ -75,7 +75,7 @@ def score(task: str, episode_return: float, success: float | None) -> float:
 
 def _model_path(task: str) -> Path:
     assets = os.environ.get("SHADOWHAND_ASSETS")
-    where = "give --assets, or set it to, the folder dex_envs/assets of a clone of github.com/huangwl18/geometry-dex"
+    where = "set it, or --assets, to the folder dex_envs/assets of a clone of github.com/huangwl18/geometry-dex"
     if not assets:
         raise SuiteError(f"The ShadowHand models are needed for {task}, and SHADOWHAND_ASSETS is not set: {where}.")
     model = Path(assets, "hand", f"manipulate_{task.removeprefix('sh-')}.xml")
