@@ -37,8 +37,8 @@ WRONG_FORMULAS = {
     "L1 embedding": ("units", '"release": 2', '"release": 1'),
     "first critic only, target": ("singletask", "target_logits.softmax(-1).mean(0)", "target_logits.softmax(-1)[0]"),
     "minimum over critics, actor": (
-        "multitask", "return logits.softmax(-1).mean(0) @ self.atoms",
-        "return (logits.softmax(-1) @ self.atoms).amin(0)",
+        "multitask", "return (logits.softmax(-1).mean(0) * self.atoms).sum(-1)",
+        "return (logits.softmax(-1) * self.atoms).sum(-1).amin(0)",
     ),
     "mean of logits, not of probabilities": (
         "multitask", "target_logits.softmax(-1).mean(0)", "target_logits.mean(0).softmax(-1)"
