@@ -100,7 +100,8 @@ class Args:
     checkpoint_interval: int | None = None
     """Environment steps per task between checkpoints; default a twentieth of the run."""
     save_replay: bool = True
-    """Keep the replay in the checkpoints; without it a run can be evaluated, but not resumed."""
+    """Keep the replay in the checkpoints; without it a run can be evaluated, and serve transfer.py model and embedding,
+    but not be resumed."""
 
     updates_per_step: int | None = None
     """Gradient updates per environment step of all tasks in parallel; default 2 (paper), at an encoder scale of a
@@ -145,6 +146,14 @@ class Args:
     intensity: float = 0.05
     """Scale of the augmentation's random brightness (DrQ-eps)."""
 
+    embedding_rows: int | None = None
+    """Rows of the task embedding; default one per task, none in single-task mode (paper). Set by transfer.py."""
+    embedding_only: bool = False
+    """Freeze everything but the task embedding. Set by transfer.py."""
+    random_start: bool = True
+    """Act at random until learning starts, then ever less (DrQ-eps); off = at the final epsilon from the first step.
+    Set by transfer.py."""
+
 
 class UsageError(ValueError):
     """Arguments that cannot be run; its message is one sentence for the user."""
@@ -166,7 +175,7 @@ BOUNDS = dict.fromkeys(
     "seed": (0, float("inf")), "num_atoms": (2, float("inf")), "encoder_scale": (1 / 128, 64),
     "gamma": (0, 0.99999), "tau": (0, 1), "weight_decay": (0, 1e6), "learning_rate": (1e-12, 1e6),
     "adam_eps": (1e-12, 1), "v_max": (1e-6, 1e6), "epsilon": (0, 1), "eval_epsilon": (0, 1), "shift_pad": (0, 83),
-    "intensity": (0, 0.5),
+    "intensity": (0, 0.5), "embedding_rows": (0, float("inf")),
 }
 
 
@@ -194,6 +203,9 @@ def resolve(args: Args) -> Args:
     if args.compile and not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
         raise UsageError("--compile needs a C++ compiler, and none of c++, g++ and clang++ is on the PATH: install "
                          "one, or leave --compile out.")
+    if args.embedding_rows and args.embedding_rows < len(tasks):
+        raise UsageError(f"--embedding-rows is {args.embedding_rows} for {len(tasks)} tasks: give one row per task or "
+                         "more, or 0 for no task embedding.")
     # An n-step return is complete n steps later, so there is nothing to learn from before.
     bounds = BOUNDS | dict.fromkeys(("learning_starts", "buffer_size"), (args.n_step, float("inf")))
     for name, (low, high) in bounds.items():
@@ -222,13 +234,10 @@ def parse_args() -> Args:
     run_dir = args.resume or args.evaluate
     if not run_dir:
         return resolve(args)
-    try:
-        facts = json.loads((Path(run_dir) / "args.json").read_text())
-        fields = {field.name for field in dataclasses.fields(Args)}  # an older run lacks some
-        saved = Args(**{name: value for name, value in facts.items() if name in fields})
-        saved = dataclasses.replace(saved, tasks=tuple(saved.tasks))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UsageError(f"{run_dir} holds no run to continue (args.json: {error}): give a run directory.") from None
+    saved, facts = read_args(Path(run_dir))
+    if args.resume and "transfer" in facts:
+        raise UsageError(f"{run_dir} is a run of transfer.py: continue it with "
+                         f"python transfer.py {facts['transfer']['method']} --resume {run_dir}.")
     args = tyro.cli(Args, default=saved)
     may_change = MAY_CHANGE + (("eval_episodes",) if args.evaluate else ())
     for field in dataclasses.fields(Args):
@@ -236,7 +245,20 @@ def parse_args() -> Args:
         if old != new and field.name not in may_change:
             raise UsageError(f"{flag(field.name)} is {old} in {run_dir} and cannot become {new}: "
                              f"beside a run directory only {', '.join(map(flag, may_change[:-2]))} may change.")
+    if args.evaluate:  # a zero-shot transfer has no steps
+        args = dataclasses.replace(args, total_steps=max(1, args.total_steps))
     return resolve(args)
+
+
+def read_args(run_dir: Path) -> tuple[Args, dict]:
+    """The arguments in a run directory, and all of its args.json. Raises UsageError."""
+    try:
+        facts = json.loads((run_dir / "args.json").read_text())
+        names = [field.name for field in dataclasses.fields(Args) if field.name in facts]  # an older run lacks some
+        lists = {name: tuple(facts[name]) for name in ("tasks", *names) if isinstance(facts[name], list)}
+        return Args(**{name: facts[name] for name in names} | lists), facts
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{run_dir} holds no run to continue (args.json: {error}): give a run directory.") from None
 
 
 def exit_on_error(function):
@@ -244,7 +266,7 @@ def exit_on_error(function):
     try:
         return function()
     except (UsageError, suites.SuiteError, RunError) as error:
-        print(f"brc_drq.py: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         raise SystemExit(1 if isinstance(error, RuntimeError) else 2) from None
 
 
@@ -328,15 +350,22 @@ class TaskEmbedding(nn.Module):
         return weight / torch.linalg.vector_norm(weight, ord=1, dim=-1, keepdim=True)  # [B, 32]
 
 
+def embedding_rows(args: Args, num_tasks: int) -> int:
+    """One per task, none in single-task mode (paper), or as transfer.py says."""
+    default = num_tasks if num_tasks > 1 else 0
+    return default if args.embedding_rows is None else args.embedding_rows
+
+
 class Critic(nn.Module):
     """Impala encoder and two dense layers that map (obs, embedding) to K logits per action, and the task embedding."""
 
     def __init__(self, args: Args, num_tasks: int):
         super().__init__()
-        self.embedding = TaskEmbedding(num_tasks, args.embedding_dim) if num_tasks > 1 else None
+        rows = embedding_rows(args, num_tasks)
+        self.embedding = TaskEmbedding(rows, args.embedding_dim) if rows else None
         self.encoder = Encoder(tuple(max(1, round(args.encoder_scale * channels)) for channels in (128, 256, 256)))
         self.norm = layer_norm(self.encoder.out_features)
-        in_features = self.encoder.out_features + (args.embedding_dim if num_tasks > 1 else 0)
+        in_features = self.encoder.out_features + (args.embedding_dim if rows else 0)
         self.dense1, self.dense2 = Dense(in_features, args.hidden_width), Dense(args.hidden_width, args.hidden_width)
         self.logits = Dense(args.hidden_width, ACTIONS * args.num_atoms)
         self.register_buffer("atoms", torch.linspace(-args.v_max, args.v_max, args.num_atoms), persistent=False)  # [K]
@@ -382,7 +411,7 @@ class ReturnNormalizer:
         last_value [N]: the critic's value of the last state in raw reward units; without it (before the critic has
         learned anything) a truncated episode bootstraps with 0.
         """
-        for rewards, value in zip(self.episode_rewards, reward.tolist(), strict=True):
+        for rewards, value in zip(self.episode_rewards, reward.tolist()):  # transfer.py has tasks that do not step
             rewards.append(value)
         for task in np.flatnonzero(terminated | truncated):
             self.finish(task, terminated[task], 0.0 if last_value is None else last_value[task])
@@ -688,10 +717,14 @@ class Agent:
             self.target = Critic(args, num_tasks).requires_grad_(False)
             self.task_ids = torch.arange(num_tasks)
         self.target.load_state_dict(self.critic.state_dict())
+        if args.embedding_only:
+            self.critic.requires_grad_(False)
+            self.critic.embedding.requires_grad_(True)
+            self.target.embedding = self.critic.embedding  # the one that learns is the only one there is
         for part in (self.critic, self.target):  # what convolutions are fastest with: twice as fast on a CPU
             part.to(memory_format=torch.channels_last)
         self.critic_parameters, self.target_parameters = list(self.critic.parameters()), list(self.target.parameters())
-        self.critic_optimizer = make_adamw(self.critic_parameters, args)
+        self.critic_optimizer = make_adamw([p for p in self.critic_parameters if p.requires_grad], args)
         # The one place that decides how the update runs: eager in float32 is the same code.
         self.critic_loss = torch.compile(critic_loss) if args.compile else critic_loss
         precision = args.precision or ("tf32" if self.device.type == "cuda" else "fp32")
@@ -705,6 +738,8 @@ class Agent:
         with self.autocast:
             loss, metrics = self.critic_loss(self.critic, self.target, batch)
         optimize(self.critic_optimizer, loss)
+        if self.args.embedding_only:
+            return metrics
         # target <- tau critic + (1 - tau) target
         with torch.no_grad():
             torch._foreach_lerp_(self.target_parameters, self.critic_parameters, self.args.tau)
@@ -744,7 +779,8 @@ class Learner:
         torch.manual_seed(derived_seed(args.seed, "networks"))
         self.args, self.device = args, device
         self.agent = Agent(args, num_tasks, device)
-        self.normalizer = ReturnNormalizer(args, num_tasks, device)
+        self.task_names = args.tasks  # of the normaliser's rows; transfer.py adds those of a pretraining replay
+        self.normalizer = ReturnNormalizer(args, max(num_tasks, embedding_rows(args, num_tasks)), device)
         self.buffer = make_buffer(args, replay_device)
         self.generators = {name: torch.Generator(where).manual_seed(derived_seed(args.seed, name))
                            for name, where in (("exploration", device), ("augmentation", device),
@@ -757,6 +793,8 @@ class Learner:
 
     def epsilon(self) -> float:
         """1 until learning starts, then linearly down (the schedule of Dopamine)."""
+        if not self.args.random_start:
+            return self.args.epsilon
         left = 1 - (self.env_step - self.args.learning_starts) / self.args.epsilon_decay_steps
         return self.args.epsilon + (1 - self.args.epsilon) * min(1.0, max(0.0, left))
 
@@ -813,8 +851,8 @@ class Learner:
     def cut_episodes(self) -> None:
         """Ends the running episodes as truncated: environments start anew after a resume."""
         last_value = self.raw_value(self.buffer.current_obs().cpu().numpy())
-        for task, rewards in enumerate(self.normalizer.episode_rewards):
-            if rewards:
+        for task in range(len(self.args.tasks)):
+            if self.normalizer.episode_rewards[task]:
                 self.normalizer.finish(task, False, 0.0 if last_value is None else last_value[task])
         self.buffer.cut()
 
@@ -968,7 +1006,7 @@ class Logger:
         """Losses, epsilon, return scales and speed. Waits for the device."""
         scales = learner.normalizer.denominator().tolist()
         scalars = {f"train/{name}": value.item() for name, value in metrics.items()}
-        scalars |= {f"return_scale/{task}": scale for task, scale in zip(self.args.tasks, scales, strict=True)}
+        scalars |= {f"return_scale/{task}": scale for task, scale in zip(learner.task_names, scales, strict=True)}
         scalars |= {"train/epsilon": learner.epsilon(), "time/env_steps_per_second": steps_per_second}
         self.tensorboard(lambda writer: [writer.add_scalar(name, value, learner.env_step)
                                          for name, value in scalars.items()])
@@ -1086,23 +1124,32 @@ def save_checkpoint(run_dir: Path, learner: "Learner") -> None:
     learner.segments = segments
 
 
-def load_checkpoint(run_dir: Path, learner: "Learner", replay: bool = True) -> None:
+def checkpoint_sizes(state: dict, args: Args) -> tuple[()]:
+    """No sizes that a new game could fail to fit: all are played from the same pixels with the same actions."""
+    return ()
+
+
+def load_checkpoint(run_dir: Path, learner: "Learner | None", replay: bool = True,
+                    make: Callable[[dict], "Learner"] | None = None) -> "Learner":
     """Restores what `save_checkpoint` wrote, from the newest complete checkpoint of `run_dir`.
 
-    Raises CheckpointError if there is none, or none with a replay where `replay` asks for it.
+    For transfer.py: `make` makes the learner of the checkpoint's state, and `run_dir` stays as it is. Raises
+    CheckpointError if there is no checkpoint, or none with a replay where `replay` asks for it.
     """
     names, failures = ("checkpoint.pt", "checkpoint.previous.pt"), []
-    if replay and not any((run_dir / name).exists() for name in names):
+    if replay and not make and not any((run_dir / name).exists() for name in names):
         print(f"{run_dir} has no checkpoint yet: starting from step 0.", file=sys.stderr)
-        return
+        return learner
     for name in names:
         try:
             state = read_file(run_dir / name)
             if not isinstance(state, dict) or "segments" not in state:
                 raise CheckpointError(f"{run_dir / name} is not a checkpoint of this program")
             if replay and not state["segments"]:
-                raise CheckpointError(f"{run_dir / name} was saved without its replay (--no-save-replay): "
-                                      "it serves --evaluate only, and cannot be resumed")
+                raise CheckpointError(f"{run_dir / name} was saved without its replay (--no-save-replay): it serves "
+                                      "--evaluate and transfer.py model and embedding, but no --resume and no "
+                                      "transfer.py data")
+            learner = make(state) if make else learner
             if replay:  # one segment at a time: all of them would double the memory
                 files = [run_dir / "replay" / segment["file"] for segment in state["segments"]]
                 learner.buffer.load(state["buffer"], map(read_file, files))
@@ -1111,11 +1158,11 @@ def load_checkpoint(run_dir: Path, learner: "Learner", replay: bool = True) -> N
             continue
         if failures:
             print(f"{failures[0]}; going on from {run_dir / name} at step {state['env_step']:,}.", file=sys.stderr)
-            if replay:  # so that the next checkpoint does not push this one out in favour of the damaged one
+            if replay and not make:  # so that the next checkpoint does not push this one out for the damaged one
                 with contextlib.suppress(OSError):  # a read-only disk
                     os.replace(run_dir / name, run_dir / "checkpoint.pt")
         learner.load_state_dict(state)
-        return
+        return learner
     raise CheckpointError(f"No complete checkpoint in {run_dir}: {'; '.join(failures)}.")
 
 
@@ -1139,7 +1186,7 @@ def derived_seed(seed: int, purpose: str, env_step: int = 0) -> int:
     return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1)[0] >> 1)
 
 
-def write_args(args: Args, run_dir: Path, device: torch.device, env_step: int) -> None:
+def write_args(args: Args, run_dir: Path, device: torch.device, env_step: int, **more) -> None:
     """args.json: the arguments, what else a reader needs to repeat the run, and, under `resumed`, every resume."""
     git = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     here = Path(__file__).resolve().parent
@@ -1150,7 +1197,7 @@ def write_args(args: Args, run_dir: Path, device: torch.device, env_step: int) -
         "command": " ".join(sys.argv),
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
         "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in packages},
-    }
+    } | more
     path = run_dir / "args.json"
     if args.resume:
         first = json.loads(path.read_text())
@@ -1221,7 +1268,7 @@ class Signals:
 def check_finite(learner: Learner, metrics: dict[str, Tensor], run_dir: Path) -> None:
     """Raises RunError, and dumps the batch, if the loss is NaN or infinite. The device was just waited for."""
     if metrics and not metrics["critic_loss"].isfinite():
-        culprits = {f"{field} of {learner.args.tasks[task]}"
+        culprits = {f"{field} of {learner.task_names[task]}"
                     for field, values in learner.batch._asdict().items()
                     for task in learner.batch.task_id[~values.isfinite().reshape(len(values), -1).all(1)].tolist()}
         with contextlib.suppress(OSError, RuntimeError):  # a full disk shall not hide the cause
@@ -1231,15 +1278,19 @@ def check_finite(learner: Learner, metrics: dict[str, Tensor], run_dir: Path) ->
                        f"in {run_dir / 'nonfinite_batch.pt'}; the last checkpoint is from before.")
 
 
-def train(args: Args) -> list[dict]:
+def train(args: Args, prepare: Callable[["Learner"], None] | None = None, go_on: str | None = None, **facts
+          ) -> list[dict]:
     """Trains as `args` say; returns the last evaluation's means, one dict per task.
 
+    For transfer.py: `prepare` sets up the fresh learner, which is then evaluated at its first step too; `go_on` is the
+    command that continues the run; `facts` are added to args.json.
     Raises UsageError or suites.SuiteError, before anything is created, for arguments that cannot be run, and RunError
     for a run that cannot go on.
     """
     device = choose_device(args.device)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     run_dir = Path(args.resume or args.run_dir or f"runs/{args.exp_name}__{args.seed}__{stamp}")
+    go_on = go_on or f"python brc_drq.py --resume {run_dir}"
     if not args.resume and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise UsageError(f"Run directory {run_dir} already holds files: give another --run-dir, or --resume {run_dir} "
                          "to continue the run that is there.")
@@ -1254,12 +1305,14 @@ def train(args: Args) -> list[dict]:
     except RuntimeError as error:  # torch's, also for a CPU
         raise UsageError(f"The networks and the replay do not fit in memory ({str(error).splitlines()[0]}): give "
                          "--replay-device cpu, or a smaller --buffer-size or --encoder-scale.") from None
+    if prepare:
+        prepare(learner)
     if args.resume:
         load_checkpoint(run_dir, learner)
         learner.cut_episodes()
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_args(args, run_dir, device, learner.env_step)
+        write_args(args, run_dir, device, learner.env_step, **facts)
     except OSError as error:
         if not args.resume:
             raise UsageError(f"Run directory {run_dir} cannot be written ({error}): give another --run-dir.") from None
@@ -1305,7 +1358,7 @@ def train(args: Args) -> list[dict]:
             due = learner.env_step % args.eval_interval == 0 or learner.env_step == args.total_steps
             if due or learner.env_step % args.checkpoint_interval == 0 or signals.stop or signals.checkpoint:
                 checkpoint()
-            if due and learner.env_step > 0 and not signals.stop and not logger.has(learner.env_step):
+            if due and (learner.env_step > 0 or prepare) and not signals.stop and not logger.has(learner.env_step):
                 results = evaluation()
             if signals.stop or learner.env_step >= args.total_steps:
                 break
@@ -1335,7 +1388,7 @@ def train(args: Args) -> list[dict]:
                 logger.training(learner, metrics, speed)
     except torch.OutOfMemoryError as error:
         raise RunError(f"{device} is out of memory at step {learner.env_step:,} ({str(error).splitlines()[0]}): resume "
-                       f"with --replay-device cpu (python brc_drq.py --resume {run_dir}), or start with a smaller "
+                       f"with --replay-device cpu ({go_on}), or start with a smaller "
                        "--batch-size or --encoder-scale.") from None
     finally:
         bar.close()
@@ -1344,8 +1397,7 @@ def train(args: Args) -> list[dict]:
         logger.tensorboard(lambda writer: writer.close())
     if signals.stop:
         print(f"Stopped by {signal.Signals(signals.stop).name} at step {learner.env_step:,}. "
-              f"The last checkpoint is from step {saved_step:,}; to go on: "
-              f"python brc_drq.py --resume {run_dir}", file=sys.stderr)
+              f"The last checkpoint is from step {saved_step:,}; to go on: {go_on}", file=sys.stderr)
         raise SystemExit(128 + signals.stop)
     if saved_step == start_step < learner.env_step:
         raise RunError(f"No checkpoint of {args.exp_name} could be written to {run_dir}.")

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+import brc_drq
 import brc_sac
 import suites
 import transfer
@@ -106,7 +107,7 @@ def test_model_transfer_starts_from_the_checkpoints_outputs(pretrained, learners
         theirs = getattr(old.agent, name).embed(torch.arange(3))
         if start == "mean":
             mean = theirs.mean(0)
-            torch.testing.assert_close(ours, mean / mean.abs().sum())
+            torch.testing.assert_close(ours, mean / mean.norm(p=old.agent.critic.embedding.order))
         else:
             assert (ours == theirs).all(1).any()
     assert before["log_temperature"].item() == np.log(np.float32(0.1))
@@ -455,3 +456,36 @@ def test_the_report_draws_curves_and_a_table_with_intervals(tmp_path, capsys):
     assert "| a | model | 3 | 20 |" in capsys.readouterr().out
     with pytest.raises(ValueError, match="No metrics.csv"):
         transfer_report.main(transfer_report.Args(runs=(tmp_path,), metric="nonsense"))
+
+
+# ---------------------------------------------------------------------------------------------------------------- Atari
+
+
+def test_all_protocols_take_a_checkpoint_of_brc_drq(monkeypatch, tmp_path, learners):
+    pre, budget = tmp_path / "pre", "--total-steps 16 --learning-starts 10 --batch-size 4 --eval-interval 16"
+    args = brc_drq.Args(tasks=("Pong", "Breakout"), encoder_scale=1 / 128, hidden_width=8, batch_size=4, max_frames=80,
+                        learning_starts=20, total_steps=24, eval_episodes=1, device="cpu", run_dir=str(pre))
+    brc_drq.train(brc_drq.resolve(args))
+    trial = "--transitions-per-candidate 5 --tune-transitions 12 --tune-updates 1"
+    for name, arguments in (("model", f"model {budget}"), ("data", f"data {budget}"),
+                            ("zero-shot", "embedding --mode zero-shot"), ("tune", f"embedding --mode tune {trial}")):
+        go(monkeypatch, f"{arguments} --checkpoint {pre} --task Bowling --eval-episodes 1 --run-dir {tmp_path / name}")
+    agents = {name: brc_drq.read_file(tmp_path / name / "checkpoint.pt")["agent"]
+              for name in ("pre", "zero-shot", "tune")}
+    for part in ("critic", "target"):
+        for name, value in agents["pre"][part].items():
+            if name != "embedding.weight":
+                assert all(torch.equal(value, agent[part][name]) for agent in agents.values())
+    rows = agents["pre"]["critic"]["embedding.weight"]
+    assert (agents["zero-shot"]["critic"]["embedding.weight"] == rows).all(1).any()
+    assert not (agents["tune"]["critic"]["embedding.weight"] == rows).all(1).any()
+    model, data = learners[0][1], learners[1][0]
+    assert torch.equal(model["critic"]["logits.weight"], agents["pre"]["critic"]["logits.weight"])
+    batch = data.buffer.sample(9, data.generators["replay"])
+    assert (batch.task_id == 0).sum() == 5 and (batch.task_id > 0).sum() == 4
+    assert [int(metrics(tmp_path / name)[-1]["env_step"]) for name in ("model", "data", "zero-shot", "tune")
+            ] == [16, 16, 0, 22]
+    code, text = refused(monkeypatch, f"model --checkpoint {pre} --task reach")
+    assert code == 2 and "trained on Atari games and reach is continuous control" in text
+    monkeypatch.setattr(sys, "argv", ["brc_drq.py", "--evaluate", str(tmp_path / "zero-shot")])
+    brc_drq.evaluate_run(brc_drq.parse_args())
