@@ -70,7 +70,7 @@ def assets(tmp_path, monkeypatch) -> Path:
 @pytest.mark.parametrize("use", [lambda: suites.make("sh-apple", 0), lambda: suites.check(("reach", "sh-apple"))])
 def test_no_assets(use, monkeypatch):
     monkeypatch.delenv("SHADOWHAND_ASSETS", raising=False)
-    with pytest.raises(SuiteError, match="sh-apple, and SHADOWHAND_ASSETS is not set: set it, or --assets, .*dex_envs/assets"):
+    with pytest.raises(SuiteError, match="sh-apple, and SHADOWHAND_ASSETS is not set: set it, or --assets, .*assets"):
         use()
 
 
