@@ -30,6 +30,7 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -89,8 +90,11 @@ class Args:
     precision: Literal["fp32", "tf32", "bf16"] | None = None
     """Of the matrix products; all else is float32. Default tf32 on NVIDIA GPUs (float32 elsewhere), fp32 on a CPU."""
     compile: bool | None = None
-    """torch.compile the losses: about a fifth faster on a CPU, after half a minute of compilation; default on for runs
-    of 20,000 updates or more where there is a C++ compiler."""
+    """torch.compile the losses: up to a quarter faster on a CPU, after half a minute of compilation; default on for runs
+    of 20,000 updates or more where there is a compiler."""
+    cuda_graph: bool | None = None
+    """Launch all updates of an environment step as one CUDA graph; default on where the networks and the replay are on
+    the same NVIDIA GPU."""
     overlap: bool = True
     """Update while the environments step (the newest transition is then sampled one step later); off = step first."""
     assets: str | None = None
@@ -204,8 +208,7 @@ def resolve(args: Args) -> Args:
     } | (DEMO if args.suite == "demo" and not args.tasks else {})
     args = fill(dataclasses.replace(args, tasks=tasks), **defaults)
     args = fill(args, eval_interval=max(1, args.total_steps // 20))
-    long = (args.total_steps - args.learning_starts) * args.updates_per_step >= 20_000
-    args = fill(args, checkpoint_interval=args.eval_interval, compile=long and has_compiler())
+    args = fill(args, checkpoint_interval=args.eval_interval)
     if args.compile and not has_compiler():
         raise UsageError("--compile needs a C++ compiler, and none of c++, g++ and clang++ is on the PATH: install "
                          "one, or use --compile False.")
@@ -231,7 +234,7 @@ def fill(args: Args, **defaults) -> Args:
 
 # What may change beside --resume or --evaluate: nothing that the learner's numbers depend on.
 MAY_CHANGE = ("total_steps", "device", "replay_device", "workers", "assets", "track", "capture_video",
-              "log_interval", "checkpoint_interval", "save_replay", "compile", "resume", "evaluate")
+              "log_interval", "checkpoint_interval", "save_replay", "compile", "cuda_graph", "resume", "evaluate")
 
 
 def parse_args() -> Args:
@@ -570,7 +573,9 @@ class ReplayBuffer:
         self.transition_at[tasks, row] = -1
 
     def _write(self, ring: Tensor, tasks: np.ndarray, row: np.ndarray, values: np.ndarray) -> None:
-        ring[tasks, row] = torch.from_numpy(values).to(self.device, non_blocking=True)
+        # Sent without waiting for the device, the index too.
+        task, row, values = (torch.from_numpy(x).to(self.device, non_blocking=True) for x in (tasks, row, values))
+        ring[task, row] = values
 
     def _write_window(self) -> None:
         self.window.copy_(torch.from_numpy(np.stack([self.first, self.stop - self.first])), non_blocking=True)
@@ -676,13 +681,13 @@ def temperature_loss(log_temperature: Tensor, entropy: Tensor, target_entropy: f
 def make_adamw(parameters: list[nn.Parameter], args: Args) -> torch.optim.AdamW:
     """AdamW of critic and actor: decoupled decay on every parameter, no mask (release)."""
     return torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.999), eps=1e-8,
-                             weight_decay=args.weight_decay, fused=True)
+                             weight_decay=args.weight_decay, fused=True, capturable=True)
 
 
 def make_temperature_adam(log_temperature: nn.Parameter, args: Args) -> torch.optim.Adam:
     """Adam with beta1 = 0.5 and no decay (release)."""
     return torch.optim.Adam([log_temperature], lr=args.learning_rate, betas=(0.5, 0.999), eps=1e-8,
-                            fused=True)
+                            fused=True, capturable=True)
 
 
 class Agent:
@@ -707,13 +712,11 @@ class Agent:
         self.critic_optimizer = make_adamw([p for p in self.critic_parameters if p.requires_grad], args)
         self.actor_optimizer = make_adamw(list(self.actor.parameters()), args)
         self.temperature_optimizer = make_temperature_adam(self.log_temperature, args)
-        # The one place that decides how the update runs: eager in float32 is the same code.
         self.critic_loss, self.actor_loss = critic_loss, actor_loss
         if args.compile:
             self.critic_loss, self.actor_loss = torch.compile(critic_loss), torch.compile(actor_loss)
-        precision = args.precision or ("tf32" if self.device.type == "cuda" else "fp32")
-        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
+        torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
     @property
     def temperature(self) -> Tensor:
@@ -778,6 +781,68 @@ def optimize(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     optimizer.step()
 
 
+def fast_path(args: Args, device: torch.device, replay_device: torch.device) -> Args:
+    """The one place that decides how updates run: precision, compiled, as a CUDA graph. Eager fp32 is the same code.
+
+    Prints the choice and what it lacks. Raises UsageError for a graph that cannot be.
+    """
+    on_gpu, one_device = device.type == "cuda", device == replay_device
+    if args.cuda_graph and not (on_gpu and one_device):
+        where = f"the networks are on {device} and the replay on {replay_device}"
+        raise UsageError(f"--cuda-graph needs networks and replay on one NVIDIA GPU, and {where}: leave it out.")
+    long = (args.total_steps - args.learning_starts) * args.updates_per_step >= 20_000
+    compiler = has_compiler() and (not on_gpu or importlib.util.find_spec("triton") is not None)
+    args = fill(args, precision="tf32" if on_gpu else "fp32", compile=long and compiler, cuda_graph=on_gpu and one_device)
+    why_eager = "" if args.compile else " (a short run)" if not long else " (--compile False)" if compiler else (
+        " (no compiler: a C++ compiler, and on a GPU triton, would make it faster)")
+    print(f"updates: {args.precision}, {'compiled' if args.compile else 'eager' + why_eager}"
+          + ", one CUDA graph per step" * args.cuda_graph)
+    return args
+
+
+class UpdateGraph:
+    """The updates of one environment step as one CUDA graph, sampling included: one launch in place of thousands.
+
+    The first calls run eagerly, beside the main stream as capture asks for; they are updates like all others. What
+    changes between calls lies in tensors that stay in place (ring, window, return scales, networks, moments) or in the
+    generators, which every replay advances as an eager call would.
+    """
+
+    WARM_UP = 3  # calls; compilation ends in the first, the allocator and the optimisers settle in the others
+
+    def __init__(self, updates: Callable[[], dict[str, Tensor]], generators: Iterable[torch.Generator]):
+        self.updates, self.generators = updates, list(generators)
+        self.calls, self.graph, self.stream = 0, None, None
+
+    def __call__(self) -> dict[str, Tensor]:
+        self.calls += 1
+        self.stream = self.stream or torch.cuda.Stream()
+        if self.calls <= self.WARM_UP:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                metrics = self.updates()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return metrics
+        if self.calls == self.WARM_UP + 1:
+            self.capture()
+        if self.graph is None:
+            return self.updates()
+        self.graph.replay()
+        return self.metrics
+
+    def capture(self) -> None:
+        """Records the updates without running them; leaves them eager, and says why, where that fails."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            for generator in self.generators:
+                graph.register_generator_state(generator)
+            with torch.cuda.graph(graph, stream=self.stream):
+                self.metrics = self.updates()
+            self.graph = graph
+        except RuntimeError as error:
+            tqdm.write(f"No CUDA graph, so updates are launched one by one: {str(error).splitlines()[0]}")
+
+
 class Learner:
     """Everything that a run must not lose: agent, normaliser, replay, random states and the step count."""
 
@@ -794,6 +859,7 @@ class Learner:
                            for name, where in (("noise", device), ("replay", replay_device))}
         self.env_step = 0  # environment steps per task so far
         self.segments: list[dict] = []  # replay files of the last checkpoint
+        self.update = UpdateGraph(self.updates, self.generators.values()) if args.cuda_graph else self.updates
 
     def act(self, obs: np.ndarray) -> np.ndarray:
         """Exploring actions [N, A] for observations [N, O]: uniform until learning starts, then the policy's."""
@@ -802,11 +868,18 @@ class Learner:
             action = 2 * torch.rand(shape, generator=self.generators["noise"], device=self.device) - 1
         else:
             noise = torch.randn(shape, generator=self.generators["noise"], device=self.device)
-            action = self.agent.act(torch.from_numpy(obs).to(self.device), noise)
+            action = self.agent.act(torch.from_numpy(obs).to(self.device, non_blocking=True), noise)
         return action.cpu().numpy()  # waits for the device: the simulators need the actions
 
-    def update(self) -> dict[str, Tensor]:
-        """Samples a batch, normalises its rewards and makes one gradient update; returns tensors to log."""
+    def updates(self) -> dict[str, Tensor]:
+        """The gradient updates of one environment step; returns the last one's tensors to log. Never waits for the
+        device, and allocates nothing that outlives the call but them."""
+        for _ in range(self.args.updates_per_step):
+            metrics = self.update_once()
+        return metrics
+
+    def update_once(self) -> dict[str, Tensor]:
+        """Samples a batch, normalises its rewards and makes one gradient update."""
         batch = self.buffer.sample(self.args.batch_size, self.generators["replay"])
         batch = Batch(*(field.to(self.device, non_blocking=True) for field in batch))
         reward = self.normalizer.normalize(batch.reward, batch.task_id, self.agent.temperature)
@@ -1192,7 +1265,7 @@ def write_args(args: Args, run_dir: Path, device: torch.device, env_step: int, *
     if args.resume:
         first = json.loads(path.read_text())
         resumed = first.get("resumed", []) + [{"env_step": env_step} | facts]
-        facts = {name: first[name] for name in facts} | {"resumed": resumed}
+        facts = {name: first.get(name) for name in facts} | {"resumed": resumed}
     arguments = dataclasses.asdict(args) | {"resume": None, "evaluate": None}
     aside = run_dir / "args.tmp"
     try:
@@ -1240,16 +1313,20 @@ class Signals:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def check_finite(learner: Learner, metrics: dict[str, Tensor], run_dir: Path) -> None:
+def check_finite(learner: Learner, metrics: dict[str, Tensor], run_dir: Path, action: np.ndarray | None = None) -> None:
     """Raises RunError, and dumps the batch, if a loss or an action is NaN or infinite. The device was just waited for."""
-    for name in ("critic_loss", "actor_loss", "temperature_loss", "action"):
-        if name in metrics and not metrics[name].isfinite():
+    losses = {name: value for name, value in metrics.items() if name.endswith("_loss")}
+    values = dict(zip(losses, torch.stack(list(losses.values())).tolist())) if losses else {}
+    if action is not None:
+        values["action"] = float(action.sum())
+    for name, value in values.items():
+        if not math.isfinite(value):
             culprits = {f"{field} of {learner.task_names[task]}"
                         for field, values in learner.batch._asdict().items()
                         for task in learner.batch.task_id[~values.isfinite().view(len(values), -1).all(1)].tolist()}
             with contextlib.suppress(OSError, RuntimeError):  # a full disk shall not hide the cause
                 torch.save(learner.batch._asdict(), run_dir / "nonfinite_batch.pt")
-            raise RunError(f"{name} is {metrics[name].item()} at step {learner.env_step:,}; not finite in its batch: "
+            raise RunError(f"{name} is {value} at step {learner.env_step:,}; not finite in its batch: "
                            f"{', '.join(sorted(culprits)) or 'nothing, so the network diverged'}. The batch is in "
                            f"{run_dir / 'nonfinite_batch.pt'}; the last checkpoint is from before.")
 
@@ -1274,13 +1351,14 @@ def train(args: Args, prepare: Callable[["Learner"], None] | None = None, go_on:
     if args.track and importlib.util.find_spec("wandb") is None:
         raise UsageError("--track needs W&B, which is not installed: pip install wandb, or leave --track out.")
     suites.check(args.tasks)
+    fast_args = fast_path(args, device, replay_device)
     workers = default_workers(args.tasks) if args.workers is None else args.workers
     signals = Signals()
     envs = VectorEnv(args.tasks, seed=args.seed, workers=workers, pad_to=args.pad_to)
     eval_envs = VectorEnv(args.tasks, seed=args.seed, workers=0 if args.capture_video else workers,
                           render=args.capture_video, pad_to=args.pad_to)
     try:
-        learner = Learner(args, envs.obs_dim, envs.act_dim, device, replay_device)
+        learner = Learner(fast_args, envs.obs_dim, envs.act_dim, device, replay_device)
     except RuntimeError as error:  # torch's, also for a CPU
         raise UsageError(f"The networks and the replay do not fit in memory ({str(error).splitlines()[0]}): give "
                          "--replay-device cpu, or a smaller --buffer-size or --width.") from None
@@ -1291,7 +1369,8 @@ def train(args: Args, prepare: Callable[["Learner"], None] | None = None, go_on:
         learner.cut_episodes()
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_args(args, run_dir, device, learner.env_step, **facts)
+        updates = {name: getattr(fast_args, name) for name in ("precision", "compile", "cuda_graph")}
+        write_args(args, run_dir, device, learner.env_step, updates=updates, **facts)
     except OSError as error:
         if not args.resume:
             raise UsageError(f"Run directory {run_dir} cannot be written ({error}): give another --run-dir.") from None
@@ -1343,19 +1422,17 @@ def train(args: Args, prepare: Callable[["Learner"], None] | None = None, go_on:
                 break
 
             action = learner.act(obs)
-            check_finite(learner, metrics | {"action": torch.from_numpy(action).sum()}, run_dir)
+            check_finite(learner, metrics, run_dir, action)
             envs.step_async(action)
-            updates = args.updates_per_step if learner.env_step >= args.learning_starts else 0
-            if args.overlap:  # update while the simulators work; the newest transition is visible one step later
-                for _ in range(updates):
-                    metrics = learner.update()
+            learning = learner.env_step >= args.learning_starts
+            if learning and args.overlap:  # while the simulators work; the newest transition is sampled a step later
+                metrics = learner.update()
             result = envs.step_wait()
             learner.env_step += 1
             learner.observe(obs, action, result)
             obs = result.obs
-            if not args.overlap:
-                for _ in range(updates):
-                    metrics = learner.update()
+            if learning and not args.overlap:
+                metrics = learner.update()
 
             bar.update()
             step = learner.env_step - max(start_step, args.learning_starts)

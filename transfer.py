@@ -13,8 +13,9 @@ Every protocol is a run of the agent's own training loop on one new task: `prepa
 the rest are arguments. The agent, brc_sac.py or brc_drq.py, is the one that wrote the checkpoint.
 
     model      Critic, target and actor continue from the pretrained ones, with a fresh optimiser, buffer and return
-               scale, and the initial temperature. The new task's embedding starts from the mean of the pretrained
-               ones, or from the best by trial. The policy acts from the first step: there are no random ones.
+               scale, and the initial temperature, or with --temperature pretrained the last one. The new task's
+               embedding starts from the mean of the pretrained ones, or from the best by trial. The policy acts from
+               the first step: there are no random ones.
     embedding  All weights are frozen, and the temperature. zero-shot: a random pretrained embedding. select: each is
                tried on the new task, the best one is kept. tune: from the best, the vector alone learns through TD.
                It starts with the best one's return scale too: the frozen critic's values are in its unit.
@@ -122,10 +123,14 @@ class Model(Learning):
     """The new task's embedding at first: the mean of the pretrained ones, or the best of them, found as by select."""
     transitions_per_candidate: int = 300
     """Transitions of the new task that each pretrained embedding is tried on, with --start best."""
+    temperature: Literal["initial", "pretrained"] = "initial"
+    """SAC's entropy temperature at first: as in pretraining's beginning, which soon makes the policy explore anew, or as
+    at its end."""
 
     @property
     def label(self) -> str:
-        return "scratch" if self.baseline else "model-transfer" + "-best" * (self.start == "best")
+        changes = "-best" * (self.start == "best") + "-cool" * (self.temperature == "pretrained")
+        return "scratch" if self.baseline else "model-transfer" + changes
 
 
 @dataclass(frozen=True)
@@ -240,6 +245,9 @@ def check(args: Transfer) -> None:
         there, here = ("Atari games", "continuous control") if atari else ("continuous control", "an Atari game")
         raise TransferError(f"{args.checkpoint} was trained on {there} and {misfits[0]} is {here}: "
                             "choose a task that the agent can play.")
+    if atari and getattr(args, "temperature", None) == "pretrained":
+        raise TransferError("--temperature pretrained is of brc_sac.py, and brc_drq.py has no entropy temperature: leave "
+                            "it out.")
     if importlib.util.find_spec(agent_name(pretrained)) is None:
         raise TransferError(f"{args.checkpoint} was trained on {pretrained[0]} by {agent_name(pretrained)}.py, which "
                             "is not here: give a checkpoint of brc_sac.py.")
@@ -355,7 +363,7 @@ def learner_args(args: Transfer, pretrained: Pretrained, task: str, run_dir: Pat
         suite=pretrained.args.suite, tasks=(task,), split="all", evaluate=None, resume=None, run_dir=str(run_dir),
         exp_name=args.exp_name or f"{agent.__name__}-{args.label}", pad_to=pretrained.sizes,
         embedding_rows=1 + len(tasks) if args.label == "data-transfer" else int(embedded),
-        random_start=args.label in ("scratch", "data-transfer"),
+        random_start=args.label in ("scratch", "data-transfer"), cuda_graph=None,
     )
     if args.label == "data-transfer":  # the learner's own transitions where the old ones are
         changes["replay_device"] = str(pretrained.learner.buffer.device)
@@ -379,7 +387,7 @@ def learner_args(args: Transfer, pretrained: Pretrained, task: str, run_dir: Pat
 
 def trial_transitions(args: Transfer, pretrained: Pretrained) -> int:
     """Transitions of each new task that go into trying the pretrained embeddings."""
-    tries = getattr(args, "mode", None) in ("select", "tune") or args.label == "model-transfer-best"
+    tries = getattr(args, "mode", None) in ("select", "tune") or args.label.startswith("model-transfer-best")
     return len(pretrained.args.tasks) * args.transitions_per_candidate if tries else 0
 
 
@@ -400,9 +408,10 @@ def prepare(learner: Any, args: Transfer, pretrained: Pretrained) -> None:
     elif trial_transitions(args, pretrained):
         row = select(learner, args, pretrained)
     load_networks(learner, pretrained, row)
+    keep_temperature = args.method == "embedding" or args.temperature == "pretrained"
+    if keep_temperature and hasattr(learner.agent, "log_temperature"):  # brc_drq.py has none
+        learner.agent.log_temperature.data.copy_(pretrained.learner.agent.log_temperature)
     if args.method == "embedding":
-        if hasattr(learner.agent, "log_temperature"):  # brc_drq.py has none
-            learner.agent.log_temperature.data.copy_(pretrained.learner.agent.log_temperature)
         copy_scales(pretrained.learner.normalizer, slice(row, row + 1), learner.normalizer, slice(1))
         print(f"{learner.args.tasks[0]}: starts from the embedding of {pretrained.args.tasks[row]}")
     learner.env_step = trial_transitions(args, pretrained)
