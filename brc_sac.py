@@ -646,17 +646,22 @@ def target_positions(batch: Batch, next_log_prob: Tensor, temperature: Tensor, a
     return batch.reward.unsqueeze(-1) + gamma * (1 - batch.terminated).unsqueeze(-1) * soft_atoms
 
 
+@torch.no_grad()
+def target_distribution(critic: Critic, target: Critic, actor: Actor, temperature: Tensor, gamma: float, batch: Batch,
+                        noise: Tensor) -> Tensor:
+    """Distribution [B, K] of the return on the atoms, under the policy's next action: the mean of both target critics."""
+    next_action, next_log_prob = sample_action(*actor(batch.next_obs, critic.embed(batch.task_id)), noise)
+    target_logits = target(batch.next_obs, next_action, target.embed(batch.task_id))  # [E, B, K]
+    next_probs = target_logits.softmax(-1).mean(0)  # [B, K]: the mean over the critics, no minimum
+    positions = target_positions(batch, next_log_prob, temperature, critic.atoms, gamma)  # [B, K]
+    return project_categorical(next_probs, positions, critic.atoms)
+
+
 def critic_loss(critic: Critic, target: Critic, actor: Actor, temperature: Tensor, gamma: float, batch: Batch,
                 noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy between both critics' logits and the projected target (paper, Eq. 3), and what to log."""
-    embedding = critic.embed(batch.task_id)  # [B, 32]
-    with torch.no_grad():
-        next_action, next_log_prob = sample_action(*actor(batch.next_obs, embedding), noise)
-        target_logits = target(batch.next_obs, next_action, target.embed(batch.task_id))  # [E, B, K]
-        next_probs = target_logits.softmax(-1).mean(0)  # [B, K]: the mean over the critics, no minimum
-        positions = target_positions(batch, next_log_prob, temperature, critic.atoms, gamma)  # [B, K]
-        target_probs = project_categorical(next_probs, positions, critic.atoms)  # [B, K]
-    logits = critic(batch.obs, batch.action, embedding)  # [E, B, K]
+    target_probs = target_distribution(critic, target, actor, temperature, gamma, batch, noise)  # [B, K]
+    logits = critic(batch.obs, batch.action, critic.embed(batch.task_id))  # [E, B, K]
     cross_entropy = -(target_probs * logits.log_softmax(-1)).sum(-1)  # [E, B]
     loss = cross_entropy.mean(1).sum()
     return loss, {"critic_loss": loss.detach(), "target_q": (target_probs * critic.atoms).sum(-1).mean()}

@@ -2,6 +2,7 @@
 
     python -m tests.parity tests/reference/multitask.npz
     python -m tests.parity tests/reference/*.npz
+    python -m tests.parity --compile --precision bf16 tests/reference/multitask.npz
 
 A file holds inputs (parameters, a batch, noise) and every number that the authors' code made of them. Here the agent's
 own functions, the ones that training calls, get the same inputs; what they compute on the way is recorded and compared.
@@ -18,6 +19,9 @@ any row is out, 2 with one sentence if a file cannot be read.
 Every entry has its own tolerance: what float32 leaves undetermined, see RandomRounding. So an entry that is known to
 seven digits is held to seven digits, next to one that is the rest of a cancellation. A few steps of Adam are not known
 at all, see `undetermined`.
+
+A compiled update is held to the same tolerances, in what can be seen from outside: losses, gradients and parameters. So
+is one in bf16 or tf32, to LOW_PRECISION.
 """
 
 import argparse
@@ -28,7 +32,7 @@ import re
 import sys
 import zipfile
 from collections import defaultdict
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Callable, NamedTuple
 from unittest import mock
 
@@ -44,6 +48,9 @@ import brc_sac
 VARIANT = "release"  # the vectors come from the authors' code
 STEPS = ["critic", "Polyak", "actor", "temperature", "end"]  # of an update, in this order
 ADAMW = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 1e-4}
+# How far an update whose matrix products are rounded to 8 or 11 bits may be off: L2 error over L2 norm of each tensor, of
+# gradients and of all else (losses, log-probabilities, norms). The vectors' networks are small: a hard case.
+LOW_PRECISION = {"bf16": (0.2, 0.01), "tf32": (0.025, 0.00125)}
 TEMPERATURE_ADAM = {"beta1": 0.5, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
 
 # ---------------------------------------------------------------------------------------------------- files and rows
@@ -204,7 +211,7 @@ def named_parameters(agent: brc_sac.Agent) -> dict[str, torch.nn.Parameter]:
     return parameters | {"log_temp": agent.log_temperature}
 
 
-def fresh_agent(vectors: Vectors) -> brc_sac.Agent:
+def fresh_agent(vectors: Vectors, **fast) -> brc_sac.Agent:
     """An agent of the file's sizes, freshly initialised; whatever is not a size has the agent's own default."""
     init = vectors.names("init/")
     tasks = vectors["init/critic.embedding"].shape if "critic.embedding" in init else (1, 32)
@@ -214,7 +221,7 @@ def fresh_agent(vectors: Vectors) -> brc_sac.Agent:
         variant=VARIANT, width=len(vectors["init/critic.0.dense0.bias"]), critic_depth=depth["critic.0"],
         actor_width=len(vectors["init/actor.dense0.bias"]), actor_depth=depth["actor"], embedding_dim=tasks[1],
         batch_size=vectors["batch/observations"].shape[1], num_atoms=len(vectors["init/critic.0.out.bias"]),
-        v_max=float(vectors["cfg/v_max"]),
+        v_max=float(vectors["cfg/v_max"]), **fast,
     )
     torch.manual_seed(0)
     return brc_sac.Agent(args, vectors["batch/observations"].shape[-1], vectors["batch/actions"].shape[-1], tasks[0])
@@ -319,13 +326,9 @@ def step_slack(vectors: Vectors, u: int, name: str) -> np.ndarray:
     return 2 * steps * undetermined(vectors, u, name)
 
 
-def observe_update(agent: brc_sac.Agent, vectors: Vectors, u: int) -> dict[str, Tensor]:
-    """Every number of the file's update u, as the agent's own update computes it."""
-    batch, prefix = read_batch(vectors, u), f"u{u + 1}/"
-    noise = vectors.tensor(prefix + "noise_critic"), vectors.tensor(prefix + "noise_actor")
-    parameters = named_parameters(agent)
-    values = {}
-
+def observe_policy(agent: brc_sac.Agent, vectors: Vectors, batch: brc_sac.Batch, prefix: str, noise: tuple
+                   ) -> dict[str, Tensor]:
+    """The policy before an update, and its samples from the file's own mean and log_std."""
     with recorded(agent) as calls, torch.no_grad():
         mean, log_std = agent.actor(batch.obs, agent.critic.embed(batch.task_id))
         brc_sac.sample_action(mean, log_std, torch.zeros_like(mean))
@@ -333,12 +336,22 @@ def observe_update(agent: brc_sac.Agent, vectors: Vectors, u: int) -> dict[str, 
         for name, x in zip(("next", "actor"), noise):
             brc_sac.sample_action(vectors.tensor(f"{prefix}{name}/mean"), vectors.tensor(f"{prefix}{name}/log_std"), x)
     old, *alone = calls["sample_action"]
-    values |= {"policy_old_emb/mean": mean, "policy_old_emb/log_std": log_std,
-               "policy_old_emb/std": old.operation("exp")[1]}
+    values = {"policy_old_emb/mean": mean, "policy_old_emb/log_std": log_std,
+              "policy_old_emb/std": old.operation("exp")[1]}
     for name, sample in zip(("next", "actor"), alone):
         values |= {f"{name}/pre_tanh*": sample.operation("tanh")[0][0], f"{name}/actions*": sample.output[0],
                    f"{name}/log_probs*": sample.output[1]}
+    return values
 
+
+def observe_update(agent: brc_sac.Agent, vectors: Vectors, u: int) -> dict[str, Tensor]:
+    """Every number of the file's update u, as the agent's own update computes it."""
+    batch, prefix = read_batch(vectors, u), f"u{u + 1}/"
+    low_precision = agent.args.precision in LOW_PRECISION
+    outside_only = low_precision or agent.args.compile
+    noise = vectors.tensor(prefix + "noise_critic"), vectors.tensor(prefix + "noise_actor")
+    parameters = named_parameters(agent)
+    values = {} if outside_only else observe_policy(agent, vectors, batch, prefix, noise)
     old_target, order = copy.deepcopy(agent.target.state_dict()), []
 
     def note(step: str) -> None:
@@ -361,7 +374,8 @@ def observe_update(agent: brc_sac.Agent, vectors: Vectors, u: int) -> dict[str, 
                 x, reference = as_reference(key, parameter), vectors.tensor(f"{prefix}new/{key}")
                 values[f"new/{key}"] = x.clone()
                 # Go on from the reference where the step's direction is undetermined, so that what follows is not.
-                x.copy_(torch.where(torch.tensor(undetermined(vectors, u, key)), reference, x))
+                go_on = undetermined(vectors, u, key) | low_precision
+                x.copy_(torch.where(torch.tensor(go_on), reference, x))
 
     with ExitStack() as stack:
         for name in ("critic", "actor", "temperature"):
@@ -370,8 +384,8 @@ def observe_update(agent: brc_sac.Agent, vectors: Vectors, u: int) -> dict[str, 
             after = optimizer.register_step_post_hook(lambda *call: after_step(call[0]))
             stack.callback(before.remove)
             stack.callback(after.remove)
-        calls = stack.enter_context(recorded(agent))
-        with Operations() as mode:
+        calls = stack.enter_context(nullcontext() if outside_only else recorded(agent))
+        with nullcontext() if outside_only else Operations() as mode:
             metrics, log_prob = agent.update(batch, *noise)
 
     note("end")
@@ -379,6 +393,13 @@ def observe_update(agent: brc_sac.Agent, vectors: Vectors, u: int) -> dict[str, 
     for key, parameter in parameters.items():
         if key.startswith("target."):
             values[f"new/{key}"] = as_reference(key, parameter).clone()
+    values |= {
+        "critic_loss": metrics["critic_loss"], "q_mean": metrics["target_q"], "actor_loss": metrics["actor_loss"],
+        "entropy": metrics["entropy"], "actor/log_probs": log_prob, "temperature_old": metrics["temperature"],
+        "temp_loss": metrics["temperature_loss"],
+    }
+    if outside_only:
+        return values
     for name, sample, net_input, net_output in zip(("next", "actor"), calls["sample_action"], calls["actor.body"],
                                                    calls["actor"]):
         values |= {
@@ -396,23 +417,19 @@ def observe_update(agent: brc_sac.Agent, vectors: Vectors, u: int) -> dict[str, 
         "target/bin_values_unclipped": positions.output,
         "target/bin_values_clipped": projection.operation("clamp")[1],
         "target/probs": projection.output, "target/q": target_q,
-        "q_mean": metrics["target_q"], "q_min": target_q.min(), "q_max": target_q.max(),
-        "critic_logits": calls["critic"][0].output, "critic_loss": metrics["critic_loss"],
-        "actor/log_probs": log_prob,
+        "q_min": target_q.min(), "q_max": target_q.max(), "critic_logits": calls["critic"][0].output,
         "actor/q_logits": calls["critic"][1].output, "actor/q_values": calls["q_values"][0].output,
-        "actor_loss": metrics["actor_loss"], "entropy": metrics["entropy"],
-        "temperature_old": metrics["temperature"], "temp_loss": metrics["temperature_loss"],
     }
 
 
-def check_updates(vectors: Vectors) -> list[Row]:
+def check_updates(vectors: Vectors, precision: str = "fp32", compile: bool = False) -> list[Row]:
     agent = fresh_agent(vectors)
     rows = check_initialisers(vectors, agent)
     load_parameters(agent, vectors)
     rows += check_settings(vectors, agent)
     updates = range(len(vectors["batch/observations"]))
 
-    def observe() -> dict[str, Tensor]:
+    def observe(agent: brc_sac.Agent = agent) -> dict[str, Tensor]:
         learner = copy.deepcopy(agent)
         values = {"eval/actions_temperature0": learner.act(vectors.tensor("eval/observations"), None)}
         for u in updates:
@@ -420,6 +437,10 @@ def check_updates(vectors: Vectors) -> list[Row]:
         return values
 
     values, tolerance = measure(observe)
+    if compile or precision != "fp32":
+        fast = fresh_agent(vectors, precision=precision, compile=compile)
+        load_parameters(fast, vectors)
+        values = numbers(observe(fast))
     for u in updates:
         order = values.pop(f"u{u + 1}/order of the steps")
         rows.append(compare(f"u{u + 1}/order of the steps", order, np.arange(len(STEPS)), 0.0))
@@ -430,10 +451,19 @@ def check_updates(vectors: Vectors) -> list[Row]:
     for name, value in values.items():
         kind, _, key = name.rpartition("/")
         allowed = tolerance[name.replace("official_after2/", last)]
-        if kind.endswith("new"):
+        if kind.endswith("new") and precision in LOW_PRECISION:  # the gradients are compared; a step has at most this size
+            allowed = allowed + 2 * float(vectors["cfg/critic_lr"])
+        elif kind.endswith("new"):
             allowed = allowed + step_slack(vectors, int(kind[1:-4]) - 1, key)
+        elif kind == "official_after2" and precision in LOW_PRECISION:
+            allowed = allowed + 2 * float(vectors["cfg/critic_lr"])
         elif kind == "official_after2":
             allowed = allowed + step_slack(vectors, updates[-1], key)
+        elif precision in LOW_PRECISION and name.startswith("u"):
+            size, error = np.linalg.norm(vectors[name]), np.linalg.norm(value - vectors[name])
+            share = LOW_PRECISION[precision]["/grad/" not in name]
+            rows.append(compare(f"{name}, L2 error", error, 0.0, allowed.max() + share * size))
+            continue
         elif name.endswith("norm"):  # of all parameters at once; only the release sums that far in float32
             allowed = 1e-5 * vectors[name]
         rows.append(compare(name, value, vectors[name.rstrip("*")], allowed))
@@ -643,13 +673,15 @@ def check_normalizer(vectors: Vectors) -> list[Row]:
 KINDS = {"init/log_temp": check_updates, "layernorm/x": check_units, "returns_min": check_normalizer}
 
 
-def check(path: str) -> list[Row]:
+def check(path: str, precision: str = "fp32", compile: bool = False) -> list[Row]:
     """All rows of the comparison with the vectors in `path`; raises FormatError."""
     vectors = Vectors(path)
     kinds = [function for key, function in KINDS.items() if key in vectors.arrays]
     if not kinds:
         raise FormatError(f"{path} is not in the format of the reference vectors: it has none of "
                           f"{', '.join(repr(key) for key in KINDS)}.")
+    if kinds[0] is check_updates and (compile or precision != "fp32"):
+        return check_updates(vectors, precision, compile)
     rows = kinds[0](vectors)
     # Settings beyond those of the format are no quantities: a seed, say.
     unread = sorted(name for name in set(vectors.arrays) - vectors.read if "/" in name and not name.startswith("cfg/"))
@@ -659,11 +691,13 @@ def check(path: str) -> list[Row]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("files", nargs="+", metavar="FILE.npz")
+    parser.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="of the updates")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the losses of the updates")
     torch.set_num_threads(1)  # the vectors are small: threads would only wait for each other
-    bad = total = 0
-    for path in parser.parse_args(arguments).files:
+    args, bad, total = parser.parse_args(arguments), 0, 0
+    for path in args.files:
         try:
-            rows = check(path)
+            rows = check(path, args.precision, args.compile)
         except FormatError as error:
             print(f"parity: {error}", file=sys.stderr)
             return 2

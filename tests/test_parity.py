@@ -45,7 +45,8 @@ WRONG_FORMULAS = {
     ),
     "mean over critics in the loss": ("singletask", "cross_entropy.mean(1).sum()", "cross_entropy.mean()"),
     "target's embedding for the next action": (
-        "multitask", "actor(batch.next_obs, embedding)", "actor(batch.next_obs, target.embed(batch.task_id))"
+        "multitask", "actor(batch.next_obs, critic.embed(batch.task_id))",
+        "actor(batch.next_obs, target.embed(batch.task_id))",
     ),
     "activation after the last block": (
         "multitask", "return self.blocks(F.relu(self.ln0(self.dense0(x))))",
@@ -119,6 +120,29 @@ def test_notices_a_wrong_number(same_tolerances, tmp_path, name, array):
     np.savez(tmp_path / "wrong.npz", **arrays)
     same_tolerances(name)
     assert not all(row.ok for row in parity.check(str(tmp_path / "wrong.npz")))
+
+
+@pytest.mark.parametrize("name", ["multitask", "singletask"])
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_other_precisions_agree_within_their_rounding(same_tolerances, name, precision):
+    same_tolerances(name)
+    assert [row for row in parity.check(str(REFERENCE / f"{name}.npz"), precision) if not row.ok] == []
+
+
+@pytest.mark.skipif(not parity.brc_sac.has_compiler(), reason="no C++ compiler")
+def test_a_compiled_update_agrees_to_the_last_digits(same_tolerances):
+    same_tolerances("multitask")
+    rows = parity.check(str(REFERENCE / "multitask.npz"), compile=True)
+    assert [row for row in rows if not row.ok] == []
+    assert sum("/grad/" in row.name for row in rows) > 100
+
+
+@pytest.mark.parametrize("formula", ["discount", "minimum over critics, actor", "mean of logits, not of probabilities"])
+def test_bf16_does_not_hide_a_wrong_formula(same_tolerances, monkeypatch, formula):
+    name, old, new = WRONG_FORMULAS[formula]
+    monkeypatch.setattr(parity, "brc_sac", agent_with((old, new)))
+    same_tolerances(name)
+    assert not all(row.ok for row in parity.check(str(REFERENCE / f"{name}.npz"), "bf16"))
 
 
 def agent_with(*changes: tuple[str, str]) -> types.ModuleType:
