@@ -1,37 +1,84 @@
 #!/usr/bin/env bash
-# What to measure on a machine with a GPU, in pieces of under ten minutes that leave small files in OUT. The packages of
-# requirements.txt must be there (torch may be the machine's own, 2.11 or later):
+# What to measure on a machine with an NVIDIA GPU, in pieces of under ten minutes that leave small files in OUT, in this
+# order (what comes first matters most):
 #
-#   benchmarks/gpu_day.sh update OUT    time of one update at every width against its floor, eager and compiled
-#   benchmarks/gpu_day.sh parity OUT    the reference vectors (float32, on the CPU of that machine and its torch)
+#   benchmarks/gpu_day.sh setup OUT     installs requirements.txt but for torch, from the folder WHEELS or PyPI
+#   benchmarks/gpu_day.sh sync OUT      tests: the graph equals eager updates, nothing waits for the device, GPU equals CPU
+#   benchmarks/gpu_day.sh update OUT    one update at every width, in TF32 and bf16, compiled or not, as a graph or not
+#   benchmarks/gpu_day.sh profile OUT   the parts of an update at widths 256 and 4096, each against its floor
+#   benchmarks/gpu_day.sh loop OUT      the whole loop on MetaWorld-50 at width 4096: who waits, steps per second
+#   benchmarks/gpu_day.sh parity OUT    the reference vectors, also compiled and in bf16 (on that machine's CPU and torch)
 #   benchmarks/gpu_day.sh learn OUT     MetaWorld-50 at width 4096; every further call goes on where the last one stopped
 #   benchmarks/gpu_day.sh report OUT    its learning curve next to the authors'
 #
+# For a machine without a network, in a folder that is carried there:
+#   benchmarks/gpu_day.sh wheels OUT    downloads what setup needs into OUT, for Linux and Python PYTHON_VERSION (3.12)
+#
 # The same on a CPU, at a tiny size:
-#   WIDTHS="32 64" LEARN="--tasks reach drawer-close --width 32 --learning-starts 50 --total-steps 400" PIECE=60 ...
+#   WIDTHS="32 64" LOOP=demo LEARN="--tasks reach drawer-close --width 32 --learning-starts 50 --total-steps 400" PIECE=60 ...
 set -euo pipefail
+if [ $# -ne 2 ]; then
+    echo "gpu_day.sh: $# arguments: give a piece (setup, sync, update, profile, loop, parity, learn, report, wheels) and OUT." >&2
+    exit 2
+fi
 piece=$1
 out=$(mkdir -p "$2" && cd "$2" && pwd)
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
+piece_seconds=${PIECE:-540}
+
+without_torch() { grep -v '^torch==' requirements.txt; }
 
 case $piece in
+wheels)
+    without_torch > "$out/requirements.txt"
+    "$python" -m pip download -q --python-version "${PYTHON_VERSION:-3.12}" --platform manylinux2014_x86_64 \
+        --platform manylinux_2_28_x86_64 --only-binary=:all: --no-deps -d "$out" -r "$out/requirements.txt"
+    du -sh "$out"
+    ;;
+setup)
+    without_torch > "$out/requirements.txt"
+    # shellcheck disable=SC2086
+    "$python" -m pip install -q ${WHEELS:+--no-index --find-links "$WHEELS"} -r "$out/requirements.txt"
+    "$python" -c "import torch; print(torch.__version__, torch.cuda.is_available())" | tee "$out/setup.txt"
+    ;;
+sync)
+    "$python" -m pytest -q tests/test_gpu.py tests/test_fast_path.py | tee "$out/sync.txt"
+    ;;
 update)
+    # One width a file, the small and the paper's first; a width that does not get its turn is left to the next call.
+    end=$((SECONDS + piece_seconds))
+    for width in ${WIDTHS:-256 4096 8192 1024 512 2048}; do
+        if [ -e "$out/update_$width.csv" ] || [ $SECONDS -ge $end ]; then continue; fi
+        timeout $((end - SECONDS)) "$python" benchmarks/throughput.py --widths "$width" --seconds 5 --csv "$out/update.tmp" \
+            && mv "$out/update.tmp" "$out/update_$width.csv" || echo "width $width is left for another call"
+    done
+    ;;
+profile)
     # shellcheck disable=SC2086  # WIDTHS is a list
-    for compile in no-compile compile; do
-        "$python" benchmarks/throughput.py ${WIDTHS:+--widths $WIDTHS} "--$compile" --json "$out/update_$compile.json"
+    "$python" benchmarks/throughput.py --widths ${WIDTHS:-256 4096} --seconds 3 --profile | tee "$out/profile.txt"
+    ;;
+loop)
+    for precision in ${PRECISIONS:-tf32 bf16}; do
+        # shellcheck disable=SC2086
+        "$python" benchmarks/throughput.py --widths ${WIDTHS:-4096} --precisions "$precision" --loop "${LOOP:-mw}" \
+            --csv "$out/loop_$precision.csv"
     done
     ;;
 parity)
-    for file in tests/reference/*.npz; do "$python" -m tests.parity "$file"; done | tee "$out/parity.txt" | grep quantities
+    for options in "" "--compile" "--precision bf16" "--precision bf16 --compile"; do
+        echo "options: $options"
+        # shellcheck disable=SC2086
+        "$python" -m tests.parity $options tests/reference/*.npz | tee -a "$out/parity.txt" | grep quantities
+    done
     ;;
 learn)
     run=${RUN_DIR:-runs/gpu_learn}  # its checkpoints and replay are gigabytes: not in OUT
     if [ -e "$run/checkpoint.pt" ]; then arguments="--resume $run"; else
-        arguments="${LEARN:---suite mw --width 4096 --eval-interval 5000} --run-dir $run"; fi
+        arguments="${LEARN:---suite mw --width 4096 --precision bf16 --eval-interval 5000} --run-dir $run"; fi
     # SIGTERM: finish the step, write a checkpoint, exit with 143
     # shellcheck disable=SC2086
-    timeout --signal TERM "${PIECE:-540}" "$python" brc_sac.py $arguments || [ $? -eq 143 ] || [ $? -eq 124 ]
+    timeout --signal TERM "$piece_seconds" "$python" brc_sac.py $arguments || [ $? -eq 143 ] || [ $? -eq 124 ]
     cp "$run/metrics.csv" "$out/learn_metrics.csv"
     cp "$run/args.json" "$out/learn_args.json"
     ;;
@@ -39,7 +86,7 @@ report)
     "$python" benchmarks/curves.py --runs "$out/learn_metrics.csv" --official mw | tee "$out/report.txt"
     ;;
 *)
-    echo "gpu_day.sh: unknown piece '$piece': give update, parity, learn or report." >&2
+    echo "gpu_day.sh: unknown piece '$piece': give setup, sync, update, profile, loop, parity, learn, report or wheels." >&2
     exit 2
     ;;
 esac

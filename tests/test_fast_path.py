@@ -1,0 +1,160 @@
+"""How updates run: the choice of precision, compilation and CUDA graph, and the graph's bookkeeping with a stand-in for CUDA."""
+
+import contextlib
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+import brc_sac
+from brc_sac import Learner, UpdateGraph
+from suites.vector import Step
+from tests.test_sac import make_args
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
+TOOLS = ("c++", "triton")
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Sets which tools the machine has."""
+
+    def use(*tools: str) -> None:
+        monkeypatch.setattr(brc_sac.shutil, "which", lambda name: name if name in tools else None)
+        monkeypatch.setattr(brc_sac.importlib.util, "find_spec", lambda name: name if name in tools else None)
+
+    return use
+
+
+LONG, SHORT = dict(total_steps=50_000), dict(total_steps=100)
+
+
+@pytest.mark.parametrize(
+    ("device", "replay", "tools", "given", "chosen", "printed"),
+    [
+        (CPU, CPU, TOOLS, LONG, ("fp32", True, False), "fp32, compiled"),
+        (CPU, CPU, TOOLS, SHORT, ("fp32", False, False), "eager (a short run)"),
+        (CPU, CPU, TOOLS, LONG | dict(compile=False), ("fp32", False, False), "eager (--compile False)"),
+        (CPU, CPU, (), LONG, ("fp32", False, False), "eager (no compiler"),
+        (CPU, CPU, TOOLS, SHORT | dict(compile=True, precision="bf16"), ("bf16", True, False), "bf16, compiled"),
+        (GPU, GPU, TOOLS, LONG, ("tf32", True, True), "tf32, compiled, one CUDA graph per step"),
+        (GPU, GPU, ("c++",), LONG, ("tf32", False, True), "eager (no compiler"),
+        (GPU, CPU, TOOLS, LONG, ("tf32", True, False), "tf32, compiled"),
+        (GPU, GPU, TOOLS, SHORT | dict(cuda_graph=False, precision="fp32"), ("fp32", False, False), "fp32, eager"),
+    ],
+)
+def test_the_choice_follows_the_machine_and_says_why(machine, capsys, device, replay, tools, given, chosen, printed):
+    machine(*tools)
+    args = brc_sac.fast_path(make_args(**given), device, replay)
+    assert (args.precision, args.compile, args.cuda_graph) == chosen
+    out = capsys.readouterr().out
+    assert printed in out and ("CUDA graph" in out) == args.cuda_graph
+
+
+@pytest.mark.parametrize(("device", "replay"), [(CPU, CPU), (GPU, CPU)])
+def test_a_graph_that_cannot_be_is_refused(device, replay):
+    with pytest.raises(brc_sac.UsageError, match=f"networks are on {device} and the replay on {replay}: leave it out"):
+        brc_sac.fast_path(make_args(cuda_graph=True), device, replay)
+
+
+def test_asking_to_compile_without_a_compiler_is_refused(machine):
+    machine()
+    with pytest.raises(brc_sac.UsageError, match="install one, or use --compile False"):
+        brc_sac.resolve(make_args(compile=True))
+
+
+# ------------------------------------------------------------------------------------------------------- CUDA graph
+
+
+def make_learner() -> Learner:
+    """A learner with a few random transitions."""
+    learner, draw = Learner(make_args(), 3, 2, CPU, CPU), np.random.default_rng(0).normal
+    for step in range(20):
+        obs, next_obs = draw(size=(2, 2, 3)).astype(np.float32)
+        result = Step(next_obs, draw(size=2), np.zeros(2, bool), np.full(2, step % 10 == 9), next_obs, np.zeros(2))
+        learner.observe(obs, np.tanh(draw(size=(2, 2))), result)
+    return learner
+
+
+def state(learner: Learner) -> dict:
+    """All that an update changes."""
+    generators = {name: generator.get_state() for name, generator in learner.generators.items()}
+    return {"agent": copy.deepcopy(learner.agent.state_dict()), "generators": generators,
+            "entropy": learner.normalizer.entropy.clone()}
+
+
+def restore(learner: Learner, saved: dict) -> None:
+    learner.agent.load_state_dict(saved["agent"])
+    learner.normalizer.entropy.copy_(saved["entropy"])
+    for name, generator in learner.generators.items():
+        generator.set_state(saved["generators"][name])
+
+
+def flat(learner: Learner) -> list[torch.Tensor]:
+    networks = (learner.agent.critic, learner.agent.target, learner.agent.actor)
+    return [p.detach() for network in networks for p in network.parameters()] + [learner.agent.log_temperature.detach()]
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """A learner whose updates go through a graph that records nothing while it captures and runs when it is replayed."""
+    learner, events = make_learner(), []
+
+    class Graph:
+        def register_generator_state(self, generator):
+            events.append(generator)
+
+        def replay(self):
+            events.append("replay")
+            for name, value in learner.updates().items():
+                learner.update.metrics[name].detach().copy_(value)
+
+    @contextlib.contextmanager
+    def capturing(graph, stream):
+        events.append("capture")
+        before = state(learner)
+        yield
+        restore(learner, before)
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capturing)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    learner.update = UpdateGraph(learner.updates, learner.generators.values())
+    return learner, events
+
+
+def test_updates_through_a_graph_are_those_without(stand_in):
+    learner, events = stand_in
+    eager = make_learner()
+    for call in range(6):
+        expected, metrics = eager.update(), learner.update()
+        assert {name: value.item() for name, value in metrics.items()} == pytest.approx(
+            {name: value.item() for name, value in expected.items()})
+        for one, other in zip(flat(eager), flat(learner), strict=True):
+            assert torch.equal(one, other)
+    assert events == [*learner.generators.values(), "capture", "replay", "replay", "replay"]
+
+
+def test_a_graph_that_fails_leaves_updates_eager_and_says_why(stand_in, monkeypatch, capsys):
+    learner, _ = stand_in
+
+    @contextlib.contextmanager
+    def failing(graph, stream):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph", failing)
+    eager = make_learner()
+    for _ in range(6):
+        eager.update(), learner.update()
+    assert all(torch.equal(one, other) for one, other in zip(flat(eager), flat(learner), strict=True))
+    printed = capsys.readouterr()
+    message = "No CUDA graph, so updates are launched one by one: operation not permitted when stream is capturing"
+    assert (printed.out + printed.err).count(message) == 1
