@@ -2,7 +2,7 @@
 # What to measure on a machine with an NVIDIA GPU, in pieces of under ten minutes that leave small files in OUT, in this
 # order (what comes first matters most):
 #
-#   benchmarks/gpu_day.sh setup OUT     installs requirements.txt but for torch, from the folder WHEELS or PyPI
+#   benchmarks/gpu_day.sh setup OUT     installs what the plan needs beside torch, from the folder WHEELS or PyPI
 #   benchmarks/gpu_day.sh sync OUT      tests: the graph equals eager updates, nothing waits for the device, GPU equals CPU
 #   benchmarks/gpu_day.sh update OUT    one update at every width, in TF32 and bf16, compiled or not, as a graph or not
 #   benchmarks/gpu_day.sh profile OUT   the parts of an update at widths 256 and 4096, each against its floor
@@ -27,17 +27,18 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 piece_seconds=${PIECE:-540}
 
-without_torch() { grep -v '^torch==' requirements.txt; }
+needed() { grep -Ev '^(torch|ale-py|opencv|rliable)' requirements.txt; }  # torch is there; games and transfer are not run
 
 case $piece in
 wheels)
-    without_torch > "$out/requirements.txt"
+    needed > "$out/requirements.txt"
     "$python" -m pip download -q --python-version "${PYTHON_VERSION:-3.12}" --platform manylinux2014_x86_64 \
-        --platform manylinux_2_28_x86_64 --only-binary=:all: --no-deps -d "$out" -r "$out/requirements.txt"
+        --platform manylinux_2_27_x86_64 --platform manylinux_2_28_x86_64 --only-binary=:all: -d "$out" \
+        -r "$out/requirements.txt"
     du -sh "$out"
     ;;
 setup)
-    without_torch > "$out/requirements.txt"
+    needed > "$out/requirements.txt"
     # shellcheck disable=SC2086
     "$python" -m pip install -q ${WHEELS:+--no-index --find-links "$WHEELS"} -r "$out/requirements.txt"
     "$python" -c "import torch; print(torch.__version__, torch.cuda.is_available())" | tee "$out/setup.txt"
@@ -76,9 +77,9 @@ learn)
     run=${RUN_DIR:-runs/gpu_learn}  # its checkpoints and replay are gigabytes: not in OUT
     if [ -e "$run/checkpoint.pt" ]; then arguments="--resume $run"; else
         arguments="${LEARN:---suite mw --width 4096 --precision bf16 --eval-interval 5000} --run-dir $run"; fi
-    # SIGTERM: finish the step, write a checkpoint, exit with 143
+    # SIGTERM: the run finishes its step and writes a checkpoint; timeout then exits with 124.
     # shellcheck disable=SC2086
-    timeout --signal TERM "$piece_seconds" "$python" brc_sac.py $arguments || [ $? -eq 143 ] || [ $? -eq 124 ]
+    timeout --signal TERM "$piece_seconds" "$python" brc_sac.py $arguments || { code=$?; [ $code -eq 124 ] || exit $code; }
     cp "$run/metrics.csv" "$out/learn_metrics.csv"
     cp "$run/args.json" "$out/learn_args.json"
     ;;

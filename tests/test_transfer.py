@@ -116,6 +116,16 @@ def test_model_transfer_starts_from_the_checkpoints_outputs(pretrained, learners
     assert json.loads((tmp_path / "run" / "args.json").read_text())["transfer"]["method"] == "model"
 
 
+def test_the_temperature_goes_on_from_pretraining_on_request(pretrained, learners, monkeypatch, tmp_path):
+    trained = networks(pretrained)["log_temperature"]
+    for name, options in (("cool", "--temperature pretrained"), ("scratch", "--temperature pretrained --baseline")):
+        go(monkeypatch, f"model --checkpoint {pretrained} --task window-open --run-dir {tmp_path / name} {BUDGET} "
+                        + options)
+    cool, scratch = (before["log_temperature"] for _, before in learners)
+    assert torch.equal(cool, trained) and not torch.equal(scratch, trained)
+    assert {row["exp_name"] for row in metrics(tmp_path / "cool")} == {"brc_sac-model-transfer-cool"}
+
+
 def test_the_policy_acts_from_the_first_step_of_model_transfer(pretrained, learners, monkeypatch, tmp_path):
     for name, options in (("model", ""), ("scratch", "--baseline")):
         go(monkeypatch, f"model --checkpoint {pretrained} --task window-open --run-dir {tmp_path / name} {BUDGET} "
@@ -293,16 +303,18 @@ def refused(monkeypatch, arguments):
          "--total-steps is 900 and trying the embeddings takes 900"),
         ("--checkpoint {pre} --task window-open --device quantum", "Device 'quantum' is not on this machine"),
         ("--resume {pre}", "holds no run of transfer.py to continue"),
+        ("--checkpoint {games} --task Boxing --temperature pretrained", "brc_drq.py has no entropy temperature"),
     ],
 )
 def test_what_cannot_be_run_is_refused_in_one_sentence_and_creates_nothing(
         pretrained, monkeypatch, tmp_path, arguments, message):
-    folders = {"pre": pretrained} | {name: tmp_path / name for name in ("foreign", "damaged", "other", "alien")}
+    folders = {"pre": pretrained} | {name: tmp_path / name for name in ("foreign", "games", "damaged", "other", "alien")}
     for name in ("damaged", "other", "alien"):
         folders[name].mkdir()
         shutil.copy(pretrained / "args.json", folders[name])
-    folders["foreign"].mkdir()
-    (folders["foreign"] / "args.json").write_text('{"env": "CartPole-v1"}')
+    for name, facts in (("foreign", {"env": "CartPole-v1"}), ("games", {"tasks": ["Pong"]})):
+        folders[name].mkdir()
+        (folders[name] / "args.json").write_text(json.dumps(facts))
     (folders["damaged"] / "checkpoint.pt").write_bytes((pretrained / "checkpoint.pt").read_bytes()[:5000])
     shutil.copy(pretrained / "checkpoint.pt", folders["other"])
     facts = json.loads((pretrained / "args.json").read_text())
