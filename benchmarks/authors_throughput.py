@@ -1,20 +1,23 @@
-"""Time of one gradient update of the authors' JAX code, to put beside throughput.py on the same machine.
+"""Time of one gradient update of the authors' JAX code and bytes of its replay, to put beside throughput.py's.
 
     git clone https://github.com/naumix/BiggerRegularizedCategorical
-    python3 -m venv .jax && .jax/bin/pip install "jax==0.4.35" "flax==0.8.5" "distrax==0.1.5" "numpy==1.26.4"
-    .jax/bin/python benchmarks/authors_throughput.py BiggerRegularizedCategorical --json out.json
+    python3 -m venv .jax && .jax/bin/pip install "jax==0.4.35" "flax==0.8.5" "distrax==0.1.5" "numpy==1.26.4" "gymnasium==1.0.0"
+    .jax/bin/python benchmarks/authors_throughput.py BiggerRegularizedCategorical --csv out.csv
 
 Needs none of this project's packages, and the project none of these. Times pairs of updates in one call, as their loop
 makes them, so what JAX spends on a call is shared by two.
 """
 
 import argparse
+import csv
 import datetime
-import json
+import os
+import platform
 import statistics
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import flax
 import jax
@@ -47,8 +50,28 @@ def measure(width: int, args: argparse.Namespace) -> dict:
         jax.block_until_ready((agent.critic.params, agent.target_critic.params, agent.actor.params, info))
         milliseconds.append(1e3 * (time.perf_counter() - start) / UPDATES)
     milliseconds = milliseconds[2:]  # the first ones compile
-    return {"width": width, "ms": statistics.median(milliseconds), "ms_min": min(milliseconds),
+    return {"width": width, "ms": round(statistics.median(milliseconds), 2), "ms_min": round(min(milliseconds), 2),
             "updates": UPDATES * len(milliseconds)}
+
+
+def replay_bytes(args: argparse.Namespace) -> float:
+    """Bytes of one transition in their replay, with observations as MetaWorld and dm_control give them."""
+    from jaxrl.replay_buffer import ParallelReplayBuffer
+
+    obs = SimpleNamespace(shape=(args.num_tasks, args.obs_dim), dtype=np.dtype(np.float64))
+    buffer = ParallelReplayBuffer(obs, args.act_dim, 1000, args.num_tasks)
+    return sum(x.nbytes for x in vars(buffer).values() if isinstance(x, np.ndarray)) / (1000 * args.num_tasks)
+
+
+def facts() -> dict:
+    """Hardware, versions, date and command."""
+    name = jax.devices()[0].device_kind
+    if name == "cpu" and Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), name)
+    return {"hardware": f"{name}, {os.cpu_count()} cores", "jax": jax.__version__, "flax": flax.__version__,
+            "python": platform.python_version(), "date": datetime.date.today().isoformat(),
+            "command": " ".join(["python", "benchmarks/authors_throughput.py", "RELEASE", *sys.argv[2:]])}
 
 
 def main() -> None:
@@ -60,19 +83,21 @@ def main() -> None:
     parser.add_argument("--obs-dim", type=int, default=39)
     parser.add_argument("--act-dim", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=6, help="timed calls per width, of two updates each")
-    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    parser.add_argument("--csv", type=Path, help="also write the results to this file")
     args = parser.parse_args()
     if not (args.release / "jaxrl").is_dir():
         parser.exit(2, f"{args.release} is not their repository: it holds no folder jaxrl.\n")
     sys.path.insert(0, str(args.release))
-    rows = []
+    per_transition, rows = replay_bytes(args), []
+    print(f"replay: {per_transition:.1f} bytes per transition")
     for width in args.widths:
         rows.append(row := measure(width, args))
         print(f"width {width}: {row['ms']:.1f} ms an update (fastest {row['ms_min']:.1f})", flush=True)
-    if args.json:
-        facts = {"hardware": str(jax.devices()[0].device_kind), "jax": jax.__version__, "flax": flax.__version__,
-                 "date": datetime.date.today().isoformat(), "batch_size": args.batch_size}
-        args.json.write_text(json.dumps(facts | {"updates": rows}, indent=2) + "\n")
+    if args.csv:
+        more = {"batch_size": args.batch_size, "replay_bytes_per_transition": round(per_transition, 1)} | facts()
+        with open(args.csv, "w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(
+                [[*rows[0], *more], *([*row.values(), *more.values()] for row in rows)])
 
 
 if __name__ == "__main__":

@@ -167,6 +167,12 @@ def floor(args: Args, peaks: Peaks, weights: float, bytes_moved: float = 0.0) ->
     return 1e3 * (2 * args.batch_size * weights / peaks.flops_per_s + bytes_moved / peaks.bytes_per_s)
 
 
+def replay_bytes(learner: brc_sac.Learner) -> float:
+    """Bytes of one transition in a full replay of the paper's size (the ring's spare rows are a 64th of it)."""
+    buffer = brc_sac.ReplayBuffer(1, *learner.buffer.fields[:2], 1_000_000)
+    return buffer.nbytes / buffer.capacity
+
+
 def measure(args: Args, learner: brc_sac.Learner, peaks: Peaks) -> dict:
     """Median milliseconds of one update, and its floor."""
     times = repeated(learner.update, learner.device, args.repeats, args.seconds)
@@ -177,7 +183,8 @@ def measure(args: Args, learner: brc_sac.Learner, peaks: Peaks) -> dict:
     median = statistics.median(milliseconds)
     return {"width": learner.args.width, "parameters": 2 * parameters["critic"] + parameters["actor"],
             "gflop": 2 * args.batch_size * products / 1e9, "ms": median, "ms_min": min(milliseconds), "floor_ms": least,
-            "ratio": median / least, "updates": len(times) * learner.args.updates_per_step}
+            "ratio": median / least, "updates": len(times) * learner.args.updates_per_step,
+            "replay_bytes_per_transition": replay_bytes(learner)}
 
 
 def profile(args: Args, learner: brc_sac.Learner, peaks: Peaks) -> list[tuple[str, float, float]]:
@@ -352,6 +359,7 @@ def main(args: Args) -> None:
                     for name, milliseconds, least in profile(args, learner, peaks):
                         print(f"{name:>39} {'':>6} {milliseconds:>10.2f} {least:>9.2f} {milliseconds / least:>6.2f}",
                               flush=True)
+    print(f"\nreplay: {rows[0]['replay_bytes_per_transition']:.1f} bytes per transition")
     write(args, facts, rows)
 
 

@@ -112,7 +112,8 @@ def compare(name: str, value, reference, tolerance) -> Row:
     worst = np.argmax(used) if used.any() else np.argmax(tolerance)
     scale = np.abs(reference[np.isfinite(reference)]).max(initial=1e-300)
     ok = bool((error <= tolerance).all())
-    return Row(name, error.max(), error.max() / scale, tolerance.flat[worst], used.flat[worst], ok)
+    with np.errstate(over="ignore"):  # a reference of zeros
+        return Row(name, error.max(), error.max() / scale, tolerance.flat[worst], used.flat[worst], ok)
 
 
 # -------------------------------------------------------------------------------------------------------- tolerances
