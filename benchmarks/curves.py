@@ -9,6 +9,7 @@ one seed of their code at width 256.
 """
 
 import csv
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,21 +25,22 @@ class Args:
 
 
 def read_run(path: Path) -> tuple[str, dict[int, float]]:
-    """The run's name, and its mean score by environment step per task."""
+    """The run's name, and its mean score by environment step per task. Raises ValueError if there is none."""
     with open(path, newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["env_name"] == "mean" and row["metric"] == "score"]
+    if not rows:
+        raise ValueError(f"{path} has no evaluation yet: give a run's metrics.csv after its first one.")
     return f"{rows[0]['exp_name']} seed {rows[0]['seed']}", {int(row["env_step"]): float(row["value"]) for row in rows}
 
 
 def read_official(name: str) -> tuple[str, dict[int, float]]:
-    """The authors' curve called `name`; exits with code 2 if there is none."""
+    """The authors' curve called `name`. Raises ValueError if there is none."""
     with open(Path(__file__).parent / "results" / "official.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     curve = {int(row["env_step"]): float(row["score"]) for row in rows if row["name"] == name}
     if not curve:
         names = ", ".join(dict.fromkeys(row["name"] for row in rows))
-        print(f"curves.py: no official curve is called '{name}': the names are {names}.")
-        raise SystemExit(2)
+        raise ValueError(f"No official curve is called '{name}': the names are {names}.")
     return "official", curve
 
 
@@ -55,4 +57,8 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__.split("\n\n")[0]))
+    try:
+        main(tyro.cli(Args, description=__doc__.split("\n\n")[0]))
+    except (ValueError, OSError, KeyError) as error:
+        print(f"curves.py: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -101,7 +101,7 @@ def repeated(function: Callable[[], object], device: torch.device, repeats: int,
     for _ in range(5):
         timed(function, device)
     times, deadline = [], time.perf_counter() + seconds
-    while len(times) < repeats and (len(times) < 3 or time.perf_counter() < deadline):
+    while len(times) < 3 or (len(times) < repeats and time.perf_counter() < deadline):
         times.append(timed(function, device))
     return times
 
@@ -154,10 +154,11 @@ def make_learner(args: Args, width: int, precision: str, compile: bool, cuda_gra
 
 
 def sizes(agent: brc_sac.Agent) -> dict[str, dict[str, int]]:
-    """Numbers in the weight matrices, and in all parameters, of critic and actor."""
+    """Numbers in the matrices that batches are multiplied with, and in all parameters, of critic and actor."""
     networks = {"critic": agent.critic, "actor": agent.actor}
     return {
-        "weights": {name: sum(p.numel() for p in network.parameters() if p.ndim == 2) for name, network in networks.items()},
+        "weights": {name: sum(layer.weight.numel() for layer in network.modules() if isinstance(layer, brc_sac.Dense))
+                    for name, network in networks.items()},
         "parameters": {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()},
     }
 
