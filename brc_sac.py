@@ -90,8 +90,8 @@ class Args:
     precision: Literal["fp32", "tf32", "bf16"] | None = None
     """Of the matrix products; all else is float32. Default tf32 on NVIDIA GPUs (float32 elsewhere), fp32 on a CPU."""
     compile: bool | None = None
-    """torch.compile the losses: up to a quarter faster on a CPU, after half a minute of compilation; default on for runs
-    of 20,000 updates or more where there is a compiler."""
+    """torch.compile the losses: up to a quarter faster on a CPU, after half a minute of compilation; default on for
+    runs of 20,000 updates or more where there is a compiler."""
     cuda_graph: bool | None = None
     """Launch all updates of an environment step as one CUDA graph; default on where the networks and the replay are on
     the same NVIDIA GPU."""
@@ -295,7 +295,7 @@ from tqdm import tqdm  # noqa: E402
 
 
 class Dense(nn.Linear):
-    """Linear layer with orthogonal weights and zero bias (release); float32 out, also where autocast multiplies in bf16."""
+    """Linear layer with orthogonal weights and zero bias (release); float32 out, also under autocast to bf16."""
 
     def __init__(self, in_features: int, out_features: int, gain: float = 2**0.5):
         super().__init__(in_features, out_features)
@@ -649,7 +649,7 @@ def target_positions(batch: Batch, next_log_prob: Tensor, temperature: Tensor, a
 @torch.no_grad()
 def target_distribution(critic: Critic, target: Critic, actor: Actor, temperature: Tensor, gamma: float, batch: Batch,
                         noise: Tensor) -> Tensor:
-    """Distribution [B, K] of the return on the atoms, under the policy's next action: the mean of both target critics."""
+    """Distribution [B, K] of the return under the policy's next action, on the atoms: the mean of both targets'."""
     next_action, next_log_prob = sample_action(*actor(batch.next_obs, critic.embed(batch.task_id)), noise)
     target_logits = target(batch.next_obs, next_action, target.embed(batch.task_id))  # [E, B, K]
     next_probs = target_logits.softmax(-1).mean(0)  # [B, K]: the mean over the critics, no minimum
@@ -797,7 +797,8 @@ def fast_path(args: Args, device: torch.device, replay_device: torch.device) -> 
         raise UsageError(f"--cuda-graph needs networks and replay on one NVIDIA GPU, and {where}: leave it out.")
     long = (args.total_steps - args.learning_starts) * args.updates_per_step >= 20_000
     compiler = has_compiler() and (not on_gpu or importlib.util.find_spec("triton") is not None)
-    args = fill(args, precision="tf32" if on_gpu else "fp32", compile=long and compiler, cuda_graph=on_gpu and one_device)
+    args = fill(args, precision="tf32" if on_gpu else "fp32", compile=long and compiler,
+                cuda_graph=on_gpu and one_device)
     why_eager = "" if args.compile else " (a short run)" if not long else " (--compile False)" if compiler else (
         " (no compiler: a C++ compiler, and on a GPU triton, would make it faster)")
     print(f"updates: {args.precision}, {'compiled' if args.compile else 'eager' + why_eager}"
@@ -1319,7 +1320,7 @@ class Signals:
 
 
 def check_finite(learner: Learner, metrics: dict[str, Tensor], run_dir: Path, action: np.ndarray | None = None) -> None:
-    """Raises RunError, and dumps the batch, if a loss or an action is NaN or infinite. The device was just waited for."""
+    """Raises RunError, and dumps the batch, if a loss or an action is not finite. The device was just waited for."""
     losses = {name: value for name, value in metrics.items() if name.endswith("_loss")}
     values = dict(zip(losses, torch.stack(list(losses.values())).tolist())) if losses else {}
     if action is not None:

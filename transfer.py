@@ -124,8 +124,8 @@ class Model(Learning):
     transitions_per_candidate: int = 300
     """Transitions of the new task that each pretrained embedding is tried on, with --start best."""
     temperature: Literal["initial", "pretrained"] = "initial"
-    """SAC's entropy temperature at first: as in pretraining's beginning, which soon makes the policy explore anew, or as
-    at its end."""
+    """SAC's entropy temperature at first: as at pretraining's start, which soon makes the policy explore anew, or as at
+    its end."""
 
     @property
     def label(self) -> str:
@@ -246,8 +246,8 @@ def check(args: Transfer) -> None:
         raise TransferError(f"{args.checkpoint} was trained on {there} and {misfits[0]} is {here}: "
                             "choose a task that the agent can play.")
     if atari and getattr(args, "temperature", None) == "pretrained":
-        raise TransferError("--temperature pretrained is of brc_sac.py, and brc_drq.py has no entropy temperature: leave "
-                            "it out.")
+        raise TransferError("--temperature pretrained is of brc_sac.py, and brc_drq.py has no entropy temperature: "
+                            "leave it out.")
     if importlib.util.find_spec(agent_name(pretrained)) is None:
         raise TransferError(f"{args.checkpoint} was trained on {pretrained[0]} by {agent_name(pretrained)}.py, which "
                             "is not here: give a checkpoint of brc_sac.py.")

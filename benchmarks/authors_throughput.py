@@ -1,7 +1,8 @@
 """Time of one gradient update of the authors' JAX code and bytes of its replay, to put beside throughput.py's.
 
     git clone https://github.com/naumix/BiggerRegularizedCategorical
-    python3 -m venv .jax && .jax/bin/pip install "jax==0.4.35" "flax==0.8.5" "distrax==0.1.5" "numpy==1.26.4" "gymnasium==1.0.0"
+    python3 -m venv .jax
+    .jax/bin/pip install "jax==0.4.35" "flax==0.8.5" "distrax==0.1.5" "numpy==1.26.4" "gymnasium==1.0.0"
     .jax/bin/python benchmarks/authors_throughput.py BiggerRegularizedCategorical --csv out.csv
 
 Needs none of this project's packages, and the project none of these. Times pairs of updates in one call, as their loop

@@ -84,7 +84,8 @@ def main(args: Args) -> None:
             rows[-1][-1] = round(time.perf_counter() - start, 3)
             print(f"{transitions:>11,}  {'load':>10}  {rows[-1][-1]:>7.2f}")
     if args.csv:
-        facts = [f"CPU, {os.cpu_count()} cores", torch.__version__, datetime.date.today().isoformat(), " ".join(sys.argv)]
+        facts = [f"CPU, {os.cpu_count()} cores", torch.__version__, datetime.date.today().isoformat(),
+                 " ".join(sys.argv)]
         with open(args.csv, "w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([columns, *(row + facts for row in rows)])
 

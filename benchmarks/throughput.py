@@ -5,8 +5,8 @@
     python benchmarks/throughput.py --widths 256 --profile       which part of the update is how far from its floor
     python benchmarks/throughput.py --widths 4096 --loop mw      with real environments: which side waits
 
-Every width runs in every precision that the device is made for, eager, compiled, and on a GPU as a CUDA graph. An update
-is timed as training makes it: sampling from a replay on the device included.
+Every width runs in every precision that the device is made for, eager, compiled, and on a GPU as a CUDA graph. An
+update is timed as training makes it: sampling from a replay on the device included.
 
 Floor = FLOPs / matmul peak + bytes / copy bandwidth, with both peaks measured in the same run. FLOPs of an update are
 2 B (6 critic weights + 4 actor weights): the critics' target forward, forward, backward (twice a forward), and forward
@@ -16,7 +16,6 @@ target).
 """
 
 import csv
-import dataclasses
 import datetime
 import importlib.util
 import json
@@ -45,8 +44,8 @@ class Args:
     widths: tuple[int, ...] | None = None
     """Critic widths; default 256 512 1024, on a GPU also 2048 4096 8192."""
     precisions: tuple[Literal["fp32", "tf32", "bf16"], ...] | None = None
-    """Of the matrix products and of their peak; default tf32 and bf16 on a GPU, fp32 on a CPU, with bf16 where the CPU has
-    instructions for it."""
+    """Of the matrix products and of their peak; default tf32 and bf16 on a GPU, fp32 on a CPU, with bf16 where the CPU
+    has instructions for it."""
     compile: bool | None = None
     """torch.compile the losses; default both without and with."""
     cuda_graph: bool | None = None
@@ -68,8 +67,8 @@ class Args:
     profile: bool = False
     """Also time the parts of the update, each against its own floor."""
     loop: str | None = None
-    """Suite whose environments to step in the whole loop, in place of timing updates alone; one width, precision and so on
-    is then run as training would."""
+    """Suite whose environments to step in the whole loop, in place of timing updates alone; it then runs as training
+    would."""
     loop_steps: int = 200
     """Environment steps of the loop that are timed."""
     workers: int | None = None
@@ -293,7 +292,8 @@ def loop(args: Args, width: int, precision: str | None, device: torch.device) ->
             "ms_environments_alone": 1e3 * stepping, "updates_share": updates / total,
             "env_steps_per_s": len(tasks) / total,
             "waits": "learner" if spent["wait for environments"] > 0.1 * total else "environments",
-            } | {f"ms_host_{name.replace(' ', '_')}": 1e3 * seconds / args.loop_steps for name, seconds in spent.items()}
+            } | {f"ms_host_{name.replace(' ', '_')}": 1e3 * seconds / args.loop_steps
+                 for name, seconds in spent.items()}
 
 
 def facts_of(device: torch.device) -> dict:
@@ -318,8 +318,8 @@ def write(args: Args, facts: dict, rows: list[dict]) -> None:
         args.json.write_text(json.dumps(facts | {"updates" if not args.loop else "loop": rows}, indent=2) + "\n")
     if args.csv:
         with open(args.csv, "w", newline="") as file:
-            table = [{name: f"{value:.5g}" if isinstance(value, float) else value for name, value in (row | facts).items()}
-                     for row in rows]
+            table = [{name: f"{value:.5g}" if isinstance(value, float) else value
+                      for name, value in (row | facts).items()} for row in rows]
             writer = csv.DictWriter(file, list(table[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(table)

@@ -48,8 +48,8 @@ import brc_sac
 VARIANT = "release"  # the vectors come from the authors' code
 STEPS = ["critic", "Polyak", "actor", "temperature", "end"]  # of an update, in this order
 ADAMW = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 1e-4}
-# How far an update whose matrix products are rounded to 8 or 11 bits may be off: L2 error over L2 norm of each tensor, of
-# gradients and of all else (losses, log-probabilities, norms). The vectors' networks are small: a hard case.
+# How far an update whose matrix products are rounded to 8 or 11 bits may be off: L2 error over L2 norm of each tensor,
+# of gradients and of all else (losses, log-probabilities, norms). The vectors' networks are small: a hard case.
 LOW_PRECISION = {"bf16": (0.2, 0.01), "tf32": (0.025, 0.00125)}
 TEMPERATURE_ADAM = {"beta1": 0.5, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
 
@@ -452,7 +452,7 @@ def check_updates(vectors: Vectors, precision: str = "fp32", compile: bool = Fal
     for name, value in values.items():
         kind, _, key = name.rpartition("/")
         allowed = tolerance[name.replace("official_after2/", last)]
-        if kind.endswith("new") and precision in LOW_PRECISION:  # the gradients are compared; a step has at most this size
+        if kind.endswith("new") and precision in LOW_PRECISION:  # gradients are compared; a step is at most this long
             allowed = allowed + 2 * float(vectors["cfg/critic_lr"])
         elif kind.endswith("new"):
             allowed = allowed + step_slack(vectors, int(kind[1:-4]) - 1, key)

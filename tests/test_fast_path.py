@@ -1,4 +1,4 @@
-"""How updates run: the choice of precision, compilation and CUDA graph, and the graph's bookkeeping with a stand-in for CUDA."""
+"""How updates run: the choice of precision, compilation and CUDA graph; the graph's bookkeeping on a stand-in for CUDA."""
 
 import contextlib
 import copy
@@ -98,7 +98,7 @@ def flat(learner: Learner) -> list[torch.Tensor]:
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """A learner whose updates go through a graph that records nothing while it captures and runs when it is replayed."""
+    """A learner whose updates go through a graph that records nothing as it captures and runs when it is replayed."""
     learner, events = make_learner(), []
 
     class Graph:

@@ -30,7 +30,8 @@ def store(learner: Learner, step: int) -> None:
 
 
 def parameters(learner: Learner) -> list[torch.Tensor]:
-    return [p.detach().cpu() for part in ("critic", "target", "actor") for p in getattr(learner.agent, part).parameters()]
+    networks = learner.agent.critic, learner.agent.target, learner.agent.actor
+    return [p.detach().cpu() for network in networks for p in network.parameters()]
 
 
 @pytest.mark.parametrize("compile", [False, True])
@@ -45,7 +46,8 @@ def test_updates_through_a_graph_are_those_without(compile):
     assert graphed.update.graph is not None
     assert torch.equal(eager.batch.task_id, graphed.batch.task_id)
     for one, other in zip(parameters(eager), parameters(graphed), strict=True):
-        assert (one - other).abs().max() < 3e-3  # ten AdamW steps, whose direction rounding decides where gradients vanish
+        # Ten AdamW steps, whose direction rounding decides where gradients vanish.
+        assert (one - other).abs().max() < 3e-3
 
 
 def test_updating_and_storing_never_wait_for_the_device():

@@ -637,7 +637,7 @@ class ProductTypes(TorchDispatchMode):
 
 
 def updated(precision: str, rng_seed: int = 0):
-    """An agent of this precision after one update from a fixed start, the update's metrics and low-precision operators."""
+    """An agent after one update of this precision from a fixed start, its metrics and low-precision operators."""
     torch.manual_seed(0)
     agent = Agent(make_args(precision=precision, width=64), obs_dim=3, act_dim=2, num_tasks=2)
     batch, noise = make_batch(np.random.default_rng(rng_seed)), torch.randn(2, 64, 2)

@@ -308,7 +308,8 @@ def refused(monkeypatch, arguments):
 )
 def test_what_cannot_be_run_is_refused_in_one_sentence_and_creates_nothing(
         pretrained, monkeypatch, tmp_path, arguments, message):
-    folders = {"pre": pretrained} | {name: tmp_path / name for name in ("foreign", "games", "damaged", "other", "alien")}
+    folders = {name: tmp_path / name for name in ("foreign", "games", "damaged", "other", "alien")}
+    folders["pre"] = pretrained
     for name in ("damaged", "other", "alien"):
         folders[name].mkdir()
         shutil.copy(pretrained / "args.json", folders[name])
