@@ -16,7 +16,7 @@ Sections, in reading order:
     networks            BroNet, Critic, Actor, TaskEmbedding
     return normaliser   one reward scale per task
     replay buffer       one ring per task, every observation stored once
-    update              the categorical projection, the three losses, and the six steps of one update
+    update              the categorical projection, the three losses, the six steps of one update, and how it is run fast
     evaluation          deterministic episodes in environments of their own
     logging             metrics.csv, TensorBoard, W&B
     checkpoint          one function writes it, one reads it
@@ -719,7 +719,7 @@ class Agent:
         self.temperature_optimizer = make_temperature_adam(self.log_temperature, args)
         self.critic_loss, self.actor_loss = critic_loss, actor_loss
         if args.compile:
-            self.critic_loss, self.actor_loss = torch.compile(critic_loss), torch.compile(actor_loss)
+            self.critic_loss, self.actor_loss = compiled(critic_loss), compiled(actor_loss)
         torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
@@ -801,9 +801,28 @@ def fast_path(args: Args, device: torch.device, replay_device: torch.device) -> 
                 cuda_graph=on_gpu and one_device)
     why_eager = "" if args.compile else " (a short run)" if not long else " (--compile False)" if compiler else (
         " (no compiler: a C++ compiler, and on a GPU triton, would make it faster)")
+    # Trusts the compiler with the processor's instructions: to try them one by one takes 8 s.
+    os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
     print(f"updates: {args.precision}, {'compiled' if args.compile else 'eager' + why_eager}"
           + ", one CUDA graph per step" * args.cuda_graph)
     return args
+
+
+def compiled(function: Callable) -> Callable:
+    """`function`, compiled at its first call; as it is, and says why, where that fails."""
+    fast = torch.compile(function)
+
+    def call(*inputs):
+        nonlocal fast
+        try:
+            return fast(*inputs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            why = " ".join(str(error).splitlines()[:2])
+            tqdm.write(f"{function.__name__} stays eager, for it could not be compiled: {why}")
+            fast = function
+            return function(*inputs)
+
+    return call
 
 
 class UpdateGraph:

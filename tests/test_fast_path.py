@@ -1,4 +1,4 @@
-"""How updates run: the choice of precision, compilation and CUDA graph; the graph's bookkeeping on a stand-in for CUDA."""
+"""How updates run: the choice of precision, compilation and CUDA graph; the graph on a stand-in for CUDA."""
 
 import contextlib
 import copy
@@ -64,12 +64,30 @@ def test_asking_to_compile_without_a_compiler_is_refused(machine):
         brc_sac.resolve(make_args(compile=True))
 
 
+def test_a_compiler_that_fails_leaves_the_updates_eager_and_says_why(monkeypatch, tmp_path, capsys):
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho no such flag >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    eager, failing = make_learner(), make_learner(compile=True)
+    restore(failing, state(eager))
+    with torch._inductor.config.patch({"cpp.cxx": (None, str(compiler))}):
+        failing.update()
+        failing.update()
+    for _ in range(2):
+        eager.update()
+    assert all(map(torch.equal, flat(eager), flat(failing)))
+    out = capsys.readouterr().out
+    for name in ("critic_loss", "actor_loss"):
+        assert out.count(f"{name} stays eager, for it could not be compiled: ") == 1
+
+
 # ------------------------------------------------------------------------------------------------------- CUDA graph
 
 
-def make_learner() -> Learner:
+def make_learner(**changes) -> Learner:
     """A learner with a few random transitions."""
-    learner, draw = Learner(make_args(), 3, 2, CPU, CPU), np.random.default_rng(0).normal
+    learner, draw = Learner(make_args(**changes), 3, 2, CPU, CPU), np.random.default_rng(0).normal
     for step in range(20):
         obs, next_obs = draw(size=(2, 2, 3)).astype(np.float32)
         result = Step(next_obs, draw(size=2), np.zeros(2, bool), np.full(2, step % 10 == 9), next_obs, np.zeros(2))
