@@ -1177,7 +1177,8 @@ def choose_device(name: str) -> torch.device:
                  *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     if name not in available:
         raise UsageError(f"Device '{name}' is not on this machine: give {', '.join(available)} or auto.")
-    return torch.device(name)
+    device = torch.device(name)
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
 def derived_seed(seed: int, purpose: str, env_step: int = 0) -> int:

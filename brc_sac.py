@@ -16,7 +16,7 @@ Sections, in reading order:
     networks            BroNet, Critic, Actor, TaskEmbedding
     return normaliser   one reward scale per task
     replay buffer       one ring per task, every observation stored once
-    update              the categorical projection, the three losses, the six steps of one update, and how it is run fast
+    update              the categorical projection, the three losses, the six steps of one update, its speed
     evaluation          deterministic episodes in environments of their own
     logging             metrics.csv, TensorBoard, W&B
     checkpoint          one function writes it, one reads it
@@ -209,9 +209,6 @@ def resolve(args: Args) -> Args:
     args = fill(dataclasses.replace(args, tasks=tasks), **defaults)
     args = fill(args, eval_interval=max(1, args.total_steps // 20))
     args = fill(args, checkpoint_interval=args.eval_interval)
-    if args.compile and not has_compiler():
-        raise UsageError("--compile needs a C++ compiler, and none of c++, g++ and clang++ is on the PATH: install "
-                         "one, or use --compile False.")
     if args.embedding_rows and args.embedding_rows < len(tasks):
         raise UsageError(f"--embedding-rows is {args.embedding_rows} for {len(tasks)} tasks: give one row per task or "
                          "more, or 0 for no task embedding.")
@@ -221,10 +218,6 @@ def resolve(args: Args) -> Args:
             raise UsageError(f"{flag(name)} is {value}: give a number of at least {low:g}"
                              + (f" and at most {high:g}." if high < float("inf") else "."))
     return args
-
-
-def has_compiler() -> bool:
-    return any(shutil.which(name) for name in ("c++", "g++", "clang++"))
 
 
 def fill(args: Args, **defaults) -> Args:
@@ -403,8 +396,8 @@ def sample_action(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor,
     The tanh correction log(1 - tanh(u)^2) is in its exact, stable form: no clamp, no epsilon.
     """
     u = mean + log_std.exp() * noise
-    gaussian = -0.5 * noise.square() - log_std - 0.5 * np.log(2 * np.pi)
-    correction = 2 * (np.log(2) - u - F.softplus(-2 * u))
+    gaussian = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+    correction = 2 * (math.log(2) - u - F.softplus(-2 * u))
     return torch.tanh(u), (gaussian - correction).sum(-1)
 
 
@@ -433,7 +426,7 @@ class ReturnNormalizer:
         self.episode_rewards: list[list[float]] = [[] for _ in range(num_tasks)]  # of the running episodes
         self.return_scale = torch.full((num_tasks,), torch.inf, device=device)  # G_i
         # The random start is a uniform policy, of entropy A log 2.
-        self.entropy = torch.full((num_tasks,), act_dim * float(np.log(2)), device=device)  # H_i
+        self.entropy = torch.full((num_tasks,), act_dim * math.log(2), device=device)  # H_i
 
     def observe(self, reward: np.ndarray, terminated: np.ndarray, truncated: np.ndarray,
                 last_value: np.ndarray | None = None) -> None:
@@ -461,7 +454,8 @@ class ReturnNormalizer:
             returns[t] = G = rewards[t] + self.gamma * G
         self.return_min[task] = min(self.return_min[task], returns.min())
         self.return_max[task] = max(self.return_max[task], returns.max())
-        self.return_scale[task] = float(max(self.return_max[task], abs(self.return_min[task])))
+        # fill_ never waits for the device; an assignment may.
+        self.return_scale[task].fill_(float(max(self.return_max[task], abs(self.return_min[task]))))
         self.episode_rewards[task] = []
 
     @torch.no_grad()
@@ -786,24 +780,31 @@ def optimize(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     optimizer.step()
 
 
+def has_compiler() -> bool:
+    return any(shutil.which(name) for name in ("c++", "g++", "clang++"))
+
+
 def fast_path(args: Args, device: torch.device, replay_device: torch.device) -> Args:
     """The one place that decides how updates run: precision, compiled, as a CUDA graph. Eager fp32 is the same code.
 
-    Prints the choice and what it lacks. Raises UsageError for a graph that cannot be.
+    Prints the choice and what it lacks. Raises UsageError for what was asked for and cannot be.
     """
     on_gpu, one_device = device.type == "cuda", device == replay_device
     if args.cuda_graph and not (on_gpu and one_device):
         where = f"the networks are on {device} and the replay on {replay_device}"
         raise UsageError(f"--cuda-graph needs networks and replay on one NVIDIA GPU, and {where}: leave it out.")
-    long = (args.total_steps - args.learning_starts) * args.updates_per_step >= 20_000
     compiler = has_compiler() and (not on_gpu or importlib.util.find_spec("triton") is not None)
+    if args.compile and not compiler:
+        raise UsageError("--compile needs a C++ compiler (c++, g++ or clang++ on the PATH), on a GPU triton too, and "
+                         "that is not here: install it, or use --compile False.")
+    long = (args.total_steps - args.learning_starts) * args.updates_per_step >= 20_000
+    why_eager = "--compile False" if args.compile is not None else "a short run" if not long else (
+        "no compiler: a C++ compiler, and on a GPU triton, would make it faster")
     args = fill(args, precision="tf32" if on_gpu else "fp32", compile=long and compiler,
                 cuda_graph=on_gpu and one_device)
-    why_eager = "" if args.compile else " (a short run)" if not long else " (--compile False)" if compiler else (
-        " (no compiler: a C++ compiler, and on a GPU triton, would make it faster)")
     # Trusts the compiler with the processor's instructions: to try them one by one takes 8 s.
     os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
-    print(f"updates: {args.precision}, {'compiled' if args.compile else 'eager' + why_eager}"
+    print(f"updates: {args.precision}, {'compiled' if args.compile else f'eager ({why_eager})'}"
           + ", one CUDA graph per step" * args.cuda_graph)
     return args
 
@@ -835,37 +836,39 @@ class UpdateGraph:
 
     WARM_UP = 3  # calls; compilation ends in the first, the allocator and the optimisers settle in the others
 
-    def __init__(self, updates: Callable[[], dict[str, Tensor]], generators: Iterable[torch.Generator]):
-        self.updates, self.generators = updates, list(generators)
-        self.calls, self.graph, self.stream = 0, None, None
+    def __init__(self, generators: Iterable[torch.Generator]):
+        self.generators, self.calls, self.graph, self.stream = list(generators), 0, None, None
 
-    def __call__(self) -> dict[str, Tensor]:
+    def __call__(self, updates: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         self.calls += 1
-        self.stream = self.stream or torch.cuda.Stream()
         if self.calls <= self.WARM_UP:
+            self.stream = self.stream or torch.cuda.Stream()
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
-                metrics = self.updates()
+                metrics = updates()
             torch.cuda.current_stream().wait_stream(self.stream)
             return metrics
-        if self.calls == self.WARM_UP + 1:
-            self.capture()
-        if self.graph is None:
-            return self.updates()
+        if not self.graph:
+            self.capture(updates)
         self.graph.replay()
         return self.metrics
 
-    def capture(self) -> None:
-        """Records the updates without running them; leaves them eager, and says why, where that fails."""
-        graph = torch.cuda.CUDAGraph()
+    def capture(self, updates: Callable[[], dict[str, Tensor]]) -> None:
+        """Records the updates without running them. Raises RunError for what a graph cannot hold."""
+        graph, main_stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             for generator in self.generators:
                 graph.register_generator_state(generator)
             with torch.cuda.graph(graph, stream=self.stream):
-                self.metrics = self.updates()
-            self.graph = graph
+                self.metrics = updates()
         except RuntimeError as error:
-            tqdm.write(f"No CUDA graph, so updates are launched one by one: {str(error).splitlines()[0]}")
+            torch.cuda.set_stream(main_stream)  # a failed capture stays on its own
+            cause = error.__context__ or error  # what broke the capture, before the error of its end
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
+            raise RunError(f"The updates cannot be recorded as a CUDA graph ({str(cause).splitlines()[0]}): take out "
+                           "what waits for the device, or give --cuda-graph False.") from error
+        self.graph = graph
 
 
 class Learner:
@@ -873,6 +876,8 @@ class Learner:
 
     def __init__(self, args: Args, obs_dim: int, act_dim: int, device: torch.device, replay_device: torch.device):
         num_tasks = len(args.tasks)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # whose streams and graphs are meant
         torch.manual_seed(derived_seed(args.seed, "networks"))
         self.args, self.device, self.noise_shape = args, device, (args.batch_size, act_dim)
         self.agent = Agent(args, obs_dim, act_dim, num_tasks, device)
@@ -884,7 +889,7 @@ class Learner:
                            for name, where in (("noise", device), ("replay", replay_device))}
         self.env_step = 0  # environment steps per task so far
         self.segments: list[dict] = []  # replay files of the last checkpoint
-        self.update = UpdateGraph(self.updates, self.generators.values()) if args.cuda_graph else self.updates
+        self.graph = UpdateGraph(self.generators.values()) if args.cuda_graph else None
 
     def act(self, obs: np.ndarray) -> np.ndarray:
         """Exploring actions [N, A] for observations [N, O]: uniform until learning starts, then the policy's."""
@@ -896,9 +901,13 @@ class Learner:
             action = self.agent.act(torch.from_numpy(obs).to(self.device, non_blocking=True), noise)
         return action.cpu().numpy()  # waits for the device: the simulators need the actions
 
+    def update(self) -> dict[str, Tensor]:
+        """The gradient updates of one environment step, as a graph where there is one; returns the last metrics."""
+        return self.graph(self.updates) if self.graph else self.updates()
+
     def updates(self) -> dict[str, Tensor]:
-        """The gradient updates of one environment step; returns the last one's tensors to log. Never waits for the
-        device, and allocates nothing that outlives the call but them."""
+        """The same, launch by launch. Never waits for the device; reads and writes only tensors that stay in place, so
+        that a graph can repeat it. A replay overwrites the metrics and the batch of the one before."""
         for _ in range(self.args.updates_per_step):
             metrics = self.update_once()
         return metrics
@@ -1265,7 +1274,8 @@ def choose_device(name: str) -> torch.device:
                  *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     if name not in available:
         raise UsageError(f"Device '{name}' is not on this machine: give {', '.join(available)} or auto.")
-    return torch.device(name)
+    device = torch.device(name)
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
 def derived_seed(seed: int, purpose: str, env_step: int = 0) -> int:
@@ -1503,7 +1513,7 @@ def evaluate_run(args: Args) -> None:
     suites.check(args.tasks)
     workers = 0 if args.capture_video else default_workers(args.tasks) if args.workers is None else args.workers
     envs = VectorEnv(args.tasks, seed=args.seed, workers=workers, render=args.capture_video, pad_to=args.pad_to)
-    no_replay = dataclasses.replace(args, buffer_size=1)
+    no_replay = dataclasses.replace(args, buffer_size=1)  # eager and in float32, unless --precision was given
     learner = Learner(no_replay, envs.obs_dim, envs.act_dim, device, choose_device("cpu"))
     load_checkpoint(run_dir, learner, replay=False)
     seed = derived_seed(args.seed, "evaluation", learner.env_step)

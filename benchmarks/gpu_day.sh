@@ -7,7 +7,7 @@
 #   benchmarks/gpu_day.sh update OUT    one update at every width, in TF32 and bf16, compiled or not, as a graph or not
 #   benchmarks/gpu_day.sh profile OUT   the parts of an update at widths 256 and 4096, each against its floor
 #   benchmarks/gpu_day.sh loop OUT      the whole loop on MetaWorld-50 at width 4096: who waits, steps per second
-#   benchmarks/gpu_day.sh parity OUT    the reference vectors, also compiled and in bf16 (on that machine's CPU and torch)
+#   benchmarks/gpu_day.sh parity OUT    the reference vectors on the GPU: fp32, tf32 and bf16, eager and compiled
 #   benchmarks/gpu_day.sh learn OUT     MetaWorld-50 at width 4096; every further call goes on where the last one stopped
 #   benchmarks/gpu_day.sh report OUT    its learning curve next to the authors'
 #
@@ -15,7 +15,8 @@
 #   benchmarks/gpu_day.sh wheels OUT    downloads what setup needs into OUT, for Linux and Python PYTHON_VERSION (3.12)
 #
 # The same on a CPU, at a tiny size:
-#   WIDTHS="32 64" LOOP=demo LEARN="--tasks reach drawer-close --width 32 --learning-starts 50 --total-steps 400" PIECE=60 ...
+#   DEVICE=cpu WIDTHS="32 64" PRECISIONS="fp32 bf16" LOOP=demo PIECE=60 RUN_DIR=/tmp/learn \
+#   LEARN="--tasks reach drawer-close --width 32 --learning-starts 50 --total-steps 400" benchmarks/gpu_day.sh ...
 set -euo pipefail
 if [ $# -ne 2 ]; then
     echo "gpu_day.sh: $# arguments: give a piece (setup, sync, update, profile, loop, parity, learn, report, wheels) and OUT." >&2
@@ -51,8 +52,14 @@ update)
     end=$((SECONDS + piece_seconds))
     for width in ${WIDTHS:-256 4096 8192 1024 512 2048}; do
         if [ -e "$out/update_$width.csv" ] || [ $SECONDS -ge $end ]; then continue; fi
-        timeout $((end - SECONDS)) "$python" benchmarks/throughput.py --widths "$width" --seconds 5 --csv "$out/update.tmp" \
-            && mv "$out/update.tmp" "$out/update_$width.csv" || echo "width $width is left for another call"
+        code=0
+        timeout $((end - SECONDS)) "$python" benchmarks/throughput.py --widths "$width" --seconds 5 \
+            --csv "$out/update_$width.part.csv" || code=$?
+        case $code in
+        0) mv "$out/update_$width.part.csv" "$out/update_$width.csv" ;;
+        124) echo "width $width is left for another call" ;;
+        *) exit $code ;;
+        esac
     done
     ;;
 profile)
@@ -67,11 +74,17 @@ loop)
     done
     ;;
 parity)
-    for options in "" "--compile" "--precision bf16" "--precision bf16 --compile"; do
-        echo "options: $options"
-        # shellcheck disable=SC2086
-        "$python" -m tests.parity $options tests/reference/*.npz | tee -a "$out/parity.txt" | grep quantities
+    : > "$out/parity.txt"
+    failed=0
+    for precision in fp32 ${PRECISIONS:-tf32 bf16}; do
+        for compile in "" --compile; do
+            echo "$precision $compile" | tee -a "$out/parity.txt"
+            # shellcheck disable=SC2086
+            "$python" -m tests.parity --device "${DEVICE:-cuda}" --precision $precision $compile tests/reference/*task.npz \
+                | tee -a "$out/parity.txt" | grep quantities || failed=1
+        done
     done
+    exit $failed
     ;;
 learn)
     run=${RUN_DIR:-runs/gpu_learn}  # its checkpoints and replay are gigabytes: not in OUT

@@ -313,6 +313,21 @@ def cases(args: Args, device: torch.device) -> list[tuple[bool, bool]]:
     return [(compile, graph) for compile in compiles for graph in graphs]
 
 
+def run_case(args: Args, width: int, precision: str, compile: bool, graph: bool, device: torch.device, peaks: Peaks
+             ) -> dict:
+    """Times one case and prints its line; its learner is gone before the next one's is made."""
+    torch.compiler.reset()  # else a second width makes sizes dynamic, which no run's are
+    learner = make_learner(args, width, precision, compile, graph, device)
+    row = measure(args, learner, peaks)
+    print(f"{width:>6} {row['parameters']:>13,} {row['gflop']:>8,.1f} {'yes' if compile else 'no':>8} "
+          f"{'yes' if graph else 'no':>6} {row['ms']:>10.2f} {row['floor_ms']:>9.2f} {row['ratio']:>6.2f}", flush=True)
+    if args.profile and not graph:
+        for name, milliseconds, least in profile(args, learner, peaks):
+            print(f"{name:>39} {'':>6} {milliseconds:>10.2f} {least:>9.2f} {milliseconds / least:>6.2f}", flush=True)
+    return ({"precision": precision, "compile": compile, "cuda_graph": graph, "batch_size": args.batch_size} | row
+            | {"matmul_gflops": peaks.flops_per_s / 1e9, "copy_gb_per_s": peaks.bytes_per_s / 1e9})
+
+
 def write(args: Args, facts: dict, rows: list[dict]) -> None:
     if args.json:
         args.json.write_text(json.dumps(facts | {"updates" if not args.loop else "loop": rows}, indent=2) + "\n")
@@ -338,7 +353,8 @@ def main(args: Args) -> None:
                 rows.append(row := loop(args, width, precision, device))
                 for name, value in row.items():
                     print(f"{name:<30} {value:.3f}" if isinstance(value, float) else f"{name:<30} {value}", flush=True)
-        return write(args, facts, rows)
+                write(args, facts, rows)
+        return
     bytes_per_s = copy_bandwidth(device)
     for precision in args.precisions or native_precisions(device):
         peaks = Peaks(matmul_peak(device, precision), bytes_per_s)
@@ -347,21 +363,9 @@ def main(args: Args) -> None:
               f"{'floor ms':>9} {'ratio':>6}")
         for width in widths:
             for compile, graph in cases(args, device):
-                torch.compiler.reset()  # else a second width makes sizes dynamic, which no run's are
-                learner = make_learner(args, width, precision, compile, graph, device)
-                row = measure(args, learner, peaks)
-                rows.append({"precision": precision, "compile": compile, "cuda_graph": graph,
-                             "batch_size": args.batch_size} | row
-                            | {"matmul_gflops": peaks.flops_per_s / 1e9, "copy_gb_per_s": bytes_per_s / 1e9})
-                print(f"{width:>6} {row['parameters']:>13,} {row['gflop']:>8,.1f} {'yes' if compile else 'no':>8} "
-                      f"{'yes' if graph else 'no':>6} {row['ms']:>10.2f} {row['floor_ms']:>9.2f} {row['ratio']:>6.2f}",
-                      flush=True)
-                if args.profile and not graph:
-                    for name, milliseconds, least in profile(args, learner, peaks):
-                        print(f"{name:>39} {'':>6} {milliseconds:>10.2f} {least:>9.2f} {milliseconds / least:>6.2f}",
-                              flush=True)
+                rows.append(run_case(args, width, precision, compile, graph, device, peaks))
+                write(args, facts, rows)  # each as it comes: a lent machine may be taken back
     print(f"\nreplay: {rows[0]['replay_bytes_per_transition']:.1f} bytes per transition")
-    write(args, facts, rows)
 
 
 if __name__ == "__main__":

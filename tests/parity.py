@@ -3,6 +3,7 @@
     python -m tests.parity tests/reference/multitask.npz
     python -m tests.parity tests/reference/*.npz
     python -m tests.parity --compile --precision bf16 tests/reference/multitask.npz
+    python -m tests.parity --device cuda --precision tf32 tests/reference/multitask.npz
 
 A file holds inputs (parameters, a batch, noise) and every number that the authors' code made of them. Here the agent's
 own functions, the ones that training calls, get the same inputs; what they compute on the way is recorded and compared.
@@ -20,8 +21,8 @@ Every entry has its own tolerance: what float32 leaves undetermined, see RandomR
 seven digits is held to seven digits, next to one that is the rest of a cancellation. A few steps of Adam are not known
 at all, see `undetermined`.
 
-A compiled update is held to the same tolerances, in what can be seen from outside: losses, gradients and parameters. So
-is one in bf16 or tf32, to LOW_PRECISION.
+A compiled update, or one on a GPU, is held to the same tolerances, in what can be seen from outside: losses, gradients
+and parameters. So is one in bf16 or tf32, to LOW_PRECISION.
 """
 
 import argparse
@@ -169,7 +170,7 @@ class RandomRounding(TorchDispatchMode):
 
 
 def numbers(values: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    return {name: value.detach().double().numpy() for name, value in values.items()}
+    return {name: value.detach().double().cpu().numpy() for name, value in values.items()}
 
 
 def measure(observe: Callable[[], dict[str, Tensor]]) -> tuple[dict, dict]:
@@ -212,7 +213,7 @@ def named_parameters(agent: brc_sac.Agent) -> dict[str, torch.nn.Parameter]:
     return parameters | {"log_temp": agent.log_temperature}
 
 
-def fresh_agent(vectors: Vectors, **fast) -> brc_sac.Agent:
+def fresh_agent(vectors: Vectors, device: str = "cpu", **fast) -> brc_sac.Agent:
     """An agent of the file's sizes, freshly initialised; whatever is not a size has the agent's own default."""
     init = vectors.names("init/")
     tasks = vectors["init/critic.embedding"].shape if "critic.embedding" in init else (1, 32)
@@ -225,7 +226,8 @@ def fresh_agent(vectors: Vectors, **fast) -> brc_sac.Agent:
         v_max=float(vectors["cfg/v_max"]), **fast,
     )
     torch.manual_seed(0)
-    return brc_sac.Agent(args, vectors["batch/observations"].shape[-1], vectors["batch/actions"].shape[-1], tasks[0])
+    sizes = vectors["batch/observations"].shape[-1], vectors["batch/actions"].shape[-1], tasks[0]
+    return brc_sac.Agent(args, *sizes, device)
 
 
 def load_parameters(agent: brc_sac.Agent, vectors: Vectors) -> None:
@@ -349,7 +351,7 @@ def observe_update(agent: brc_sac.Agent, vectors: Vectors, u: int) -> dict[str, 
     """Every number of the file's update u, as the agent's own update computes it."""
     batch, prefix = read_batch(vectors, u), f"u{u + 1}/"
     low_precision = agent.args.precision in LOW_PRECISION
-    outside_only = low_precision or agent.args.compile
+    outside_only = low_precision or agent.args.compile or agent.device.type != "cpu"
     noise = vectors.tensor(prefix + "noise_critic"), vectors.tensor(prefix + "noise_actor")
     parameters = named_parameters(agent)
     values = {} if outside_only else observe_policy(agent, vectors, batch, prefix, noise)
@@ -423,7 +425,7 @@ def observe_update(agent: brc_sac.Agent, vectors: Vectors, u: int) -> dict[str, 
     }
 
 
-def check_updates(vectors: Vectors, precision: str = "fp32", compile: bool = False) -> list[Row]:
+def check_updates(vectors: Vectors, precision: str = "fp32", compile: bool = False, device: str = "cpu") -> list[Row]:
     agent = fresh_agent(vectors)
     rows = check_initialisers(vectors, agent)
     load_parameters(agent, vectors)
@@ -438,10 +440,11 @@ def check_updates(vectors: Vectors, precision: str = "fp32", compile: bool = Fal
         return values
 
     values, tolerance = measure(observe)
-    if compile or precision != "fp32":
-        fast = fresh_agent(vectors, precision=precision, compile=compile)
-        load_parameters(fast, vectors)
-        values = numbers(observe(fast))
+    if (compile, precision, device) != (False, "fp32", "cpu"):
+        with torch.device(device):  # where Vectors.tensor then makes its tensors
+            fast = fresh_agent(vectors, device, precision=precision, compile=compile)
+            load_parameters(fast, vectors)
+            values = numbers(observe(fast))
     for u in updates:
         order = values.pop(f"u{u + 1}/order of the steps")
         rows.append(compare(f"u{u + 1}/order of the steps", order, np.arange(len(STEPS)), 0.0))
@@ -674,15 +677,15 @@ def check_normalizer(vectors: Vectors) -> list[Row]:
 KINDS = {"init/log_temp": check_updates, "layernorm/x": check_units, "returns_min": check_normalizer}
 
 
-def check(path: str, precision: str = "fp32", compile: bool = False) -> list[Row]:
+def check(path: str, precision: str = "fp32", compile: bool = False, device: str = "cpu") -> list[Row]:
     """All rows of the comparison with the vectors in `path`; raises FormatError."""
     vectors = Vectors(path)
     kinds = [function for key, function in KINDS.items() if key in vectors.arrays]
     if not kinds:
         raise FormatError(f"{path} is not in the format of the reference vectors: it has none of "
                           f"{', '.join(repr(key) for key in KINDS)}.")
-    if kinds[0] is check_updates and (compile or precision != "fp32"):
-        return check_updates(vectors, precision, compile)
+    if kinds[0] is check_updates and (compile, precision, device) != (False, "fp32", "cpu"):
+        return check_updates(vectors, precision, compile, device)
     rows = kinds[0](vectors)
     # Settings beyond those of the format are no quantities: a seed, say.
     unread = sorted(name for name in set(vectors.arrays) - vectors.read if "/" in name and not name.startswith("cfg/"))
@@ -693,13 +696,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("files", nargs="+", metavar="FILE.npz")
     parser.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="of the updates")
+    parser.add_argument("--device", default="cpu", help="of the updates")
     parser.add_argument("--compile", action="store_true", help="torch.compile the losses of the updates")
     torch.set_num_threads(1)  # the vectors are small: threads would only wait for each other
     args, bad, total = parser.parse_args(arguments), 0, 0
+    if args.precision == "tf32" and args.device == "cpu":
+        parser.error("--precision tf32 is NVIDIA GPUs': give --device cuda too, or fp32 or bf16")
     for path in args.files:
         try:
-            rows = check(path, args.precision, args.compile)
-        except FormatError as error:
+            rows = check(path, args.precision, args.compile, str(brc_sac.choose_device(args.device)))
+        except (FormatError, brc_sac.UsageError) as error:
             print(f"parity: {error}", file=sys.stderr)
             return 2
         width = max(len(row.name) for row in rows)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import weakref
 
 import numpy as np
 import pytest
@@ -36,6 +37,7 @@ LONG, SHORT = dict(total_steps=50_000), dict(total_steps=100)
         (CPU, CPU, TOOLS, LONG, ("fp32", True, False), "fp32, compiled"),
         (CPU, CPU, TOOLS, SHORT, ("fp32", False, False), "eager (a short run)"),
         (CPU, CPU, TOOLS, LONG | dict(compile=False), ("fp32", False, False), "eager (--compile False)"),
+        (CPU, CPU, TOOLS, SHORT | dict(compile=False), ("fp32", False, False), "eager (--compile False)"),
         (CPU, CPU, (), LONG, ("fp32", False, False), "eager (no compiler"),
         (CPU, CPU, TOOLS, SHORT | dict(compile=True, precision="bf16"), ("bf16", True, False), "bf16, compiled"),
         (GPU, GPU, TOOLS, LONG, ("tf32", True, True), "tf32, compiled, one CUDA graph per step"),
@@ -60,8 +62,8 @@ def test_a_graph_that_cannot_be_is_refused(device, replay):
 
 def test_asking_to_compile_without_a_compiler_is_refused(machine):
     machine()
-    with pytest.raises(brc_sac.UsageError, match="install one, or use --compile False"):
-        brc_sac.resolve(make_args(compile=True))
+    with pytest.raises(brc_sac.UsageError, match="install it, or use --compile False"):
+        brc_sac.fast_path(make_args(compile=True), CPU, CPU)
 
 
 def test_a_compiler_that_fails_leaves_the_updates_eager_and_says_why(monkeypatch, tmp_path, capsys):
@@ -126,7 +128,7 @@ def stand_in(monkeypatch):
         def replay(self):
             events.append("replay")
             for name, value in learner.updates().items():
-                learner.update.metrics[name].detach().copy_(value)
+                learner.graph.metrics[name].detach().copy_(value)
 
     @contextlib.contextmanager
     def capturing(graph, stream):
@@ -144,7 +146,7 @@ def stand_in(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    learner.update = UpdateGraph(learner.updates, learner.generators.values())
+    learner.graph = UpdateGraph(learner.generators.values())
     return learner, events
 
 
@@ -160,19 +162,36 @@ def test_updates_through_a_graph_are_those_without(stand_in):
     assert events == [*learner.generators.values(), "capture", "replay", "replay", "replay"]
 
 
-def test_a_graph_that_fails_leaves_updates_eager_and_says_why(stand_in, monkeypatch, capsys):
-    learner, _ = stand_in
+@pytest.mark.parametrize(("cause", "raised"), [
+    (RuntimeError("operation not permitted when stream is capturing\nmore"), brc_sac.RunError),
+    (torch.OutOfMemoryError("2 GiB too many"), torch.OutOfMemoryError),
+])
+def test_updates_that_cannot_be_recorded_end_the_run_with_the_cause(stand_in, monkeypatch, cause, raised):
+    learner, events = stand_in
 
     @contextlib.contextmanager
     def failing(graph, stream):
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        try:
+            raise cause
+        finally:  # as the end of a capture does
+            raise RuntimeError("operation failed due to a previous error during capture")
         yield
 
     monkeypatch.setattr(torch.cuda, "graph", failing)
-    eager = make_learner()
-    for _ in range(6):
-        eager.update(), learner.update()
-    assert all(torch.equal(one, other) for one, other in zip(flat(eager), flat(learner), strict=True))
-    printed = capsys.readouterr()
-    message = "No CUDA graph, so updates are launched one by one: operation not permitted when stream is capturing"
-    assert (printed.out + printed.err).count(message) == 1
+    monkeypatch.setattr(torch.cuda, "set_stream", events.append)
+    for _ in range(UpdateGraph.WARM_UP):
+        learner.update()
+    with pytest.raises(raised) as error:
+        learner.update()
+    if raised is brc_sac.RunError:
+        assert "(operation not permitted when stream is capturing): take out what waits" in str(error.value)
+    assert type(events[-1]) is torch.cuda.Stream  # the main one again
+
+
+def test_a_learner_is_freed_with_its_last_name():
+    """At a billion parameters none may wait for the garbage collector."""
+    learner = make_learner()
+    learner.update()
+    alive = weakref.ref(learner)
+    del learner
+    assert alive() is None
