@@ -5,6 +5,8 @@
 #   benchmarks/gpu_day.sh setup OUT     installs what the plan needs beside torch, from the folder WHEELS or PyPI
 #   benchmarks/gpu_day.sh sync OUT      tests: the graph equals eager updates, nothing waits for the device, GPU equals CPU
 #   benchmarks/gpu_day.sh update OUT    one update at every width, in TF32 and bf16, compiled or not, as a graph or not
+#   benchmarks/gpu_day.sh authors OUT   the authors' update on the same card: RELEASE is their repository, JAX the Python
+#                                       that has what authors_throughput.py needs, JAX for CUDA included
 #   benchmarks/gpu_day.sh profile OUT   the parts of an update at widths 256 and 4096, each against its floor
 #   benchmarks/gpu_day.sh loop OUT      the whole loop on MetaWorld-50 at width 4096: who waits, steps per second
 #   benchmarks/gpu_day.sh parity OUT    the reference vectors on the GPU: fp32, tf32 and bf16, eager and compiled
@@ -19,7 +21,7 @@
 #   LEARN="--tasks reach drawer-close --width 32 --learning-starts 50 --total-steps 400" benchmarks/gpu_day.sh ...
 set -euo pipefail
 if [ $# -ne 2 ]; then
-    echo "gpu_day.sh: $# arguments: give a piece (setup, sync, update, profile, loop, parity, learn, report, wheels) and OUT." >&2
+    echo "gpu_day.sh: $# arguments: give a piece (setup, sync, update, authors, profile, loop, parity, learn, report, wheels) and OUT." >&2
     exit 2
 fi
 piece=$1
@@ -62,6 +64,12 @@ update)
         esac
     done
     ;;
+authors)
+    # shellcheck disable=SC2086
+    "${JAX:?is not set: give the Python that has JAX}" benchmarks/authors_throughput.py \
+        "${RELEASE:?is not set: give the folder of their repository}" --widths ${WIDTHS:-256 4096 8192} \
+        --csv "$out/authors.csv"
+    ;;
 profile)
     # shellcheck disable=SC2086  # WIDTHS is a list
     "$python" benchmarks/throughput.py --widths ${WIDTHS:-256 4096} --seconds 3 --profile | tee "$out/profile.txt"
@@ -100,7 +108,7 @@ report)
     "$python" benchmarks/curves.py --runs "$out/learn_metrics.csv" --official mw | tee "$out/report.txt"
     ;;
 *)
-    echo "gpu_day.sh: unknown piece '$piece': give setup, sync, update, profile, loop, parity, learn, report or wheels." >&2
+    echo "gpu_day.sh: unknown piece '$piece': give setup, sync, update, authors, profile, loop, parity, learn, report or wheels." >&2
     exit 2
     ;;
 esac
