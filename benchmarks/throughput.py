@@ -281,6 +281,7 @@ def loop(args: Args, width: int, precision: str | None, device: torch.device) ->
             spent = {name: total + later - earlier
                      for (name, total), earlier, later in zip(spent.items(), marks, marks[1:])}
         total = (time.perf_counter() - start) / args.loop_steps
+        spent = {name: seconds / args.loop_steps for name, seconds in spent.items()}
         updates = statistics.median(repeated(learner.update, device, args.repeats, args.seconds))
         random_actions = np.random.default_rng(0).uniform(-1, 1, (len(tasks), envs.act_dim)).astype(np.float32)
         stepping = statistics.median(repeated(lambda: envs.step(random_actions), device, args.repeats, args.seconds))
@@ -292,8 +293,7 @@ def loop(args: Args, width: int, precision: str | None, device: torch.device) ->
             "ms_environments_alone": 1e3 * stepping, "updates_share": updates / total,
             "env_steps_per_s": len(tasks) / total,
             "waits": "learner" if spent["wait for environments"] > 0.1 * total else "environments",
-            } | {f"ms_host_{name.replace(' ', '_')}": 1e3 * seconds / args.loop_steps
-                 for name, seconds in spent.items()}
+            } | {f"ms_host_{name.replace(' ', '_')}": 1e3 * seconds for name, seconds in spent.items()}
 
 
 def facts_of(device: torch.device) -> dict:
