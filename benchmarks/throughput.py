@@ -323,6 +323,7 @@ def run_case(args: Args, width: int, precision: str, compile: bool, graph: bool,
           f"{'yes' if graph else 'no':>6} {row['ms']:>10.2f} {row['floor_ms']:>9.2f} {row['ratio']:>6.2f}", flush=True)
     if args.profile and not graph:
         for name, milliseconds, least in profile(args, learner, peaks):
+            row |= {f"{name} ms": milliseconds, f"{name} floor_ms": least}
             print(f"{name:>39} {'':>6} {milliseconds:>10.2f} {least:>9.2f} {milliseconds / least:>6.2f}", flush=True)
     return ({"precision": precision, "compile": compile, "cuda_graph": graph, "batch_size": args.batch_size} | row
             | {"matmul_gflops": peaks.flops_per_s / 1e9, "copy_gb_per_s": peaks.bytes_per_s / 1e9})

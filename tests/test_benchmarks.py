@@ -50,7 +50,7 @@ def test_a_case_per_width_and_precision_goes_into_both_files(small, tmp_path, ca
         table = list(csv.DictReader(file))
     for row, line in zip(rows, table, strict=True):
         assert float(line["ms"]) == pytest.approx(row["ms"], rel=1e-3)
-        assert all(line[name] for name in ("hardware", "torch", "python", "date", "command"))
+        assert all(line[name] for name in ("hardware", "torch", "python", "date", "command", "Polyak ms"))
     printed = capsys.readouterr().out
     for part in ("sampling", "target", "critic forward", "critic backward", "AdamW", "Polyak", "actor forward"):
         assert printed.count(part) >= 4
