@@ -1397,8 +1397,9 @@ def train(args: Args, prepare: Callable[["Learner"], None] | None = None, go_on:
         eval_envs.close()
         logger.tensorboard(lambda writer: writer.close())
     if signals.stop:
-        print(f"Stopped by {signal.Signals(signals.stop).name} at step {learner.env_step:,}. "
-              f"The last checkpoint is from step {saved_step:,}; to go on: {go_on}", file=sys.stderr)
+        last = f"The last checkpoint is from step {saved_step:,}" if saved_step else "There is no checkpoint yet"
+        print(f"Stopped by {signal.Signals(signals.stop).name} at step {learner.env_step:,}. {last}; to go on: {go_on}",
+              file=sys.stderr)
         raise SystemExit(128 + signals.stop)
     if saved_step == start_step < learner.env_step:
         raise RunError(f"No checkpoint of {args.exp_name} could be written to {run_dir}.")

@@ -231,6 +231,14 @@ def check(args: Transfer) -> None:
                             "tasks.")
     if getattr(args, "full_map", False) and args.mode != "select":
         raise TransferError(f"--full-map needs --mode select, and not {args.mode}: only select tries every embedding.")
+    mode, baseline = getattr(args, "mode", None), getattr(args, "baseline", False)
+    unused = ("start", "transitions_per_candidate", "temperature") if baseline else {
+        "zero-shot": ("transitions_per_candidate", "tune_transitions", "tune_updates"),
+        "select": ("tune_transitions", "tune_updates")}.get(mode, ())
+    for field in dataclasses.fields(args):
+        if field.name in unused and getattr(args, field.name) != field.default:
+            beside = "--baseline" if baseline else f"--mode {mode}"
+            raise TransferError(f"{flag(field.name)} has no effect with {beside}: leave it out.")
     if getattr(args, "full_map", False) and importlib.util.find_spec("matplotlib") is None:
         raise TransferError("--full-map needs matplotlib, which is not installed: pip install -r requirements.txt, or "
                             "leave --full-map out.")

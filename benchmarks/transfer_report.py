@@ -35,6 +35,9 @@ Curves = dict[str, dict[str, dict[int, dict[int, float]]]]  # method -> task -> 
 
 def read_runs(paths: tuple[Path, ...], metric: str) -> Curves:
     """The curves in all metrics.csv files under `paths`. Raises ValueError if there are none."""
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"There is no {path}: give run directories of transfer.py.")
     files = sorted({file for path in paths for file in (path.rglob("metrics.csv") if path.is_dir() else [path])})
     curves: Curves = {}
     for path in files:
@@ -63,6 +66,7 @@ def interval(values: np.ndarray, reps: int) -> tuple[np.ndarray, np.ndarray]:
     if len(values) == 1:  # one seed says nothing about others
         mean = values.mean((0, 1))
         return mean, np.stack([mean, mean])
+    np.random.seed(0)  # rliable draws from the global generator, whatever random_state it is given
     means, intervals = library.get_interval_estimates({"": values}, lambda scores: scores.mean((0, 1)), reps=reps)
     return means[""], intervals[""]
 

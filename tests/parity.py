@@ -111,10 +111,9 @@ def compare(name: str, value, reference, tolerance) -> Row:
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         used = np.where(error > 0, error / tolerance, 0.0)
     worst = np.argmax(used) if used.any() else np.argmax(tolerance)
-    scale = np.abs(reference[np.isfinite(reference)]).max(initial=1e-300)
+    scale = np.abs(reference[np.isfinite(reference)]).max(initial=0.0) or np.nan  # no share of a reference of zeros
     ok = bool((error <= tolerance).all())
-    with np.errstate(over="ignore"):  # a reference of zeros
-        return Row(name, error.max(), error.max() / scale, tolerance.flat[worst], used.flat[worst], ok)
+    return Row(name, error.max(), error.max() / scale, tolerance.flat[worst], used.flat[worst], ok)
 
 
 # -------------------------------------------------------------------------------------------------------- tolerances

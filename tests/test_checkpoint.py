@@ -426,3 +426,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_batch(args, monk
     batch = torch.load(brc_sac.Path(args.run_dir) / "nonfinite_batch.pt", weights_only=True)
     assert batch["obs"].shape == (8, 3)
     assert learner_of(args).env_step == 40
+
+
+def test_more_steps_do_not_turn_a_resumed_run_from_eager_to_compiled(args, monkeypatch):
+    def spy(*inputs):
+        seen.append(inputs[3])
+        return fast_path(*inputs)
+
+    seen, fast_path = [], brc_sac.fast_path
+    monkeypatch.setattr(brc_sac, "fast_path", spy)
+    brc_sac.train(args)
+    brc_sac.train(dataclasses.replace(args, resume=args.run_dir, total_steps=args.total_steps + 1))
+    assert seen == [None, False]

@@ -54,6 +54,19 @@ def test_the_choice_follows_the_machine_and_says_why(machine, capsys, device, re
     assert printed in out and ("CUDA graph" in out) == args.cuda_graph
 
 
+@pytest.mark.parametrize(("before", "given", "compiled"), [
+    (False, LONG, False), (True, SHORT, True), (False, LONG | dict(compile=True), True),
+    (True, SHORT | dict(compile=False), False)])
+def test_a_resumed_run_stays_as_it_was_unless_told_otherwise(machine, before, given, compiled):
+    machine(*TOOLS)
+    assert brc_sac.fast_path(make_args(**given), CPU, CPU, before).compile == compiled
+
+
+def test_tf32_is_refused_where_there_is_none():
+    with pytest.raises(brc_sac.UsageError, match="tf32 is of NVIDIA GPUs, and the device is cpu"):
+        brc_sac.fast_path(make_args(precision="tf32"), CPU, CPU)
+
+
 @pytest.mark.parametrize(("device", "replay"), [(CPU, CPU), (GPU, CPU)])
 def test_a_graph_that_cannot_be_is_refused(device, replay):
     with pytest.raises(brc_sac.UsageError, match=f"networks are on {device} and the replay on {replay}: leave it out"):

@@ -24,7 +24,9 @@ from benchmarks import transfer_report
 SCRIPT = Path(transfer.__file__)
 PRETRAINING = ("reach", "drawer-close", "button-press")
 BUDGET = "--total-steps 40 --learning-starts 10 --batch-size 16 --eval-interval 20 --eval-episodes 1 --workers 0"
-TRIAL = "--transitions-per-candidate 5 --eval-episodes 1 --workers 0"
+EVALUATION = "--eval-episodes 1 --workers 0"
+TRIAL = f"--transitions-per-candidate 5 {EVALUATION}"
+MODES = {"zero-shot": EVALUATION, "select": TRIAL, "tune": f"{TRIAL} --tune-transitions 30"}
 
 
 def pretrain(run_dir, tasks=PRETRAINING):
@@ -118,7 +120,7 @@ def test_model_transfer_starts_from_the_checkpoints_outputs(pretrained, learners
 
 def test_the_temperature_goes_on_from_pretraining_on_request(pretrained, learners, monkeypatch, tmp_path):
     trained = networks(pretrained)["log_temperature"]
-    for name, options in (("cool", "--temperature pretrained"), ("scratch", "--temperature pretrained --baseline")):
+    for name, options in (("cool", "--temperature pretrained"), ("scratch", "--baseline")):
         go(monkeypatch, f"model --checkpoint {pretrained} --task window-open --run-dir {tmp_path / name} {BUDGET} "
                         + options)
     cool, scratch = (before["log_temperature"] for _, before in learners)
@@ -150,8 +152,8 @@ def test_the_policy_acts_from_the_first_step_of_model_transfer(pretrained, learn
 
 @pytest.mark.parametrize("mode", ["zero-shot", "select", "tune"])
 def test_in_embedding_transfer_nothing_changes_but_the_embedding(pretrained, learners, monkeypatch, tmp_path, mode):
-    (result,) = go(monkeypatch, f"embedding --checkpoint {pretrained} --task window-open --mode {mode} {TRIAL} "
-                                f"--tune-transitions 30 --run-dir {tmp_path / 'run'}")
+    (result,) = go(monkeypatch, f"embedding --checkpoint {pretrained} --task window-open --mode {mode} "
+                                f"{MODES[mode]} --run-dir {tmp_path / 'run'}")
     before, after = networks(pretrained), networks(tmp_path / "run")
     assert before.keys() == after.keys()
     embeddings = {"critic.embedding.weight", "target.embedding.weight"}
@@ -181,8 +183,8 @@ def test_transitions_are_counted_to_the_last(pretrained, monkeypatch, tmp_path, 
             return super().reset(seed)
 
     monkeypatch.setattr(brc_sac, "VectorEnv", Counting)
-    go(monkeypatch, f"embedding --checkpoint {pretrained} --task window-open --mode {mode} {TRIAL} "
-                    f"--tune-transitions 30 --run-dir {tmp_path / 'run'}")
+    go(monkeypatch, f"embedding --checkpoint {pretrained} --task window-open --mode {mode} {MODES[mode]} "
+                    f"--run-dir {tmp_path / 'run'}")
     trials = 0 if mode == "zero-shot" else 3
     assert steps == [5] * trials + [30 if mode == "tune" else 0] + [200]  # the trials, the training, one evaluation
     assert {int(row["env_step"]) for row in metrics(tmp_path / "run")} == {spent}
@@ -249,7 +251,7 @@ def test_a_checkpoint_without_replay_serves_all_but_data_transfer(pretrained, mo
     torch.save(state | {"segments": []}, run_dir / "checkpoint.pt")
     code, message = refused(monkeypatch, f"data --checkpoint {run_dir} --task window-open --run-dir {tmp_path / 'run'}")
     assert code == 2 and "saved without its replay" in message and not (tmp_path / "run").exists()
-    go(monkeypatch, f"embedding --checkpoint {run_dir} --task window-open --mode zero-shot {TRIAL} "
+    go(monkeypatch, f"embedding --checkpoint {run_dir} --task window-open --mode zero-shot {EVALUATION} "
                     f"--run-dir {tmp_path / 'run'}")
 
 
@@ -334,6 +336,9 @@ def test_embedding_and_data_refuse_what_they_cannot_do(pretrained, monkeypatch, 
     for arguments, message in (
             ("embedding --task window-open --full-map --mode zero-shot", "--full-map needs --mode select"),
             ("embedding --task window-open --mode tune --tune-transitions 1000", "at least 10 and at most 999"),
+            ("embedding --task window-open --mode select --tune-updates 2", "no effect with --mode select: leave it"),
+            ("embedding --task window-open --mode zero-shot --tune-updates 2", "no effect with --mode zero-shot:"),
+            ("model --task window-open --baseline --temperature pretrained", "--temperature has no effect with --base"),
             ("data --task reach", "was in the pretraining")):
         code, text = refused(monkeypatch, f"{arguments} --checkpoint {pretrained}")
         assert code == 2 and message in text
@@ -345,7 +350,7 @@ def test_embedding_and_data_refuse_what_they_cannot_do(pretrained, monkeypatch, 
 
 
 def test_a_task_of_the_pretraining_is_accepted_on_request(pretrained, monkeypatch, tmp_path):
-    go(monkeypatch, f"embedding --checkpoint {pretrained} --task reach --mode zero-shot --allow-seen {TRIAL} "
+    go(monkeypatch, f"embedding --checkpoint {pretrained} --task reach --mode zero-shot --allow-seen {EVALUATION} "
                     f"--run-dir {tmp_path / 'run'}")
 
 
@@ -431,7 +436,7 @@ def test_a_tune_that_was_stopped_goes_on_without_another_trial(pretrained, learn
 
 def test_transferred_runs_can_be_evaluated_by_the_agent(pretrained, monkeypatch, tmp_path, capsys):
     tune = f"embedding --mode tune --tune-transitions 20 {TRIAL}"
-    zero_shot = f"embedding --mode zero-shot {TRIAL}"
+    zero_shot = f"embedding --mode zero-shot {EVALUATION}"
     for name, arguments in (("zero-shot", zero_shot), ("tune", tune), ("data", f"data {BUDGET}")):
         go(monkeypatch, f"{arguments} --checkpoint {pretrained} --task cartpole-balance --run-dir {tmp_path / name}")
         monkeypatch.setattr(sys, "argv", ["brc_sac.py", "--evaluate", str(tmp_path / name)])
