@@ -843,12 +843,11 @@ class UpdateGraph:
     WARM_UP = 3  # calls; compilation ends in the first, the allocator and the optimisers settle in the others
 
     def __init__(self, generators: Iterable[torch.Generator]):
-        self.generators, self.calls, self.graph, self.stream = list(generators), 0, None, None
+        self.generators, self.calls, self.graph, self.stream = list(generators), 0, None, torch.cuda.Stream()
 
     def __call__(self, updates: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         self.calls += 1
         if self.calls <= self.WARM_UP:
-            self.stream = self.stream or torch.cuda.Stream()
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 metrics = updates()
@@ -1363,8 +1362,8 @@ def check_finite(learner: Learner, metrics: dict[str, Tensor], run_dir: Path, ac
     for name, value in values.items():
         if not math.isfinite(value):
             culprits = {f"{field} of {learner.task_names[task]}"
-                        for field, values in learner.batch._asdict().items()
-                        for task in learner.batch.task_id[~values.isfinite().view(len(values), -1).all(1)].tolist()}
+                        for field, rows in learner.batch._asdict().items()
+                        for task in learner.batch.task_id[~rows.isfinite().view(len(rows), -1).all(1)].tolist()}
             with contextlib.suppress(OSError, RuntimeError):  # a full disk shall not hide the cause
                 torch.save(learner.batch._asdict(), run_dir / "nonfinite_batch.pt")
             raise RunError(f"{name} is {value} at step {learner.env_step:,}; not finite in its batch: "

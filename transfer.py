@@ -395,7 +395,7 @@ def learner_args(args: Transfer, pretrained: Pretrained, task: str, run_dir: Pat
 
 def trial_transitions(args: Transfer, pretrained: Pretrained) -> int:
     """Transitions of each new task that go into trying the pretrained embeddings."""
-    tries = getattr(args, "mode", None) in ("select", "tune") or args.label.startswith("model-transfer-best")
+    tries = getattr(args, "mode", None) in ("select", "tune") or getattr(args, "start", None) == "best"
     return len(pretrained.args.tasks) * args.transitions_per_candidate if tries else 0
 
 

@@ -20,8 +20,9 @@
 #   DEVICE=cpu WIDTHS="32 64" PRECISIONS="fp32 bf16" LOOP=demo PIECE=60 RUN_DIR=/tmp/learn \
 #   LEARN="--tasks reach drawer-close --width 32 --learning-starts 50 --total-steps 400" benchmarks/gpu_day.sh ...
 set -euo pipefail
+pieces="setup, sync, update, authors, profile, loop, parity, learn, report or wheels"
 if [ $# -ne 2 ]; then
-    echo "gpu_day.sh: $# arguments: give a piece (setup, sync, update, authors, profile, loop, parity, learn, report, wheels) and OUT." >&2
+    echo "gpu_day.sh: $# arguments: give a piece ($pieces) and OUT." >&2
     exit 2
 fi
 piece=$1
@@ -72,7 +73,8 @@ authors)
     ;;
 profile)
     # shellcheck disable=SC2086  # WIDTHS is a list
-    "$python" benchmarks/throughput.py --widths ${WIDTHS:-256 4096} --seconds 3 --profile | tee "$out/profile.txt"
+    "$python" benchmarks/throughput.py --widths ${WIDTHS:-256 4096} --seconds 3 --profile \
+        --csv "$out/profile.csv"
     ;;
 loop)
     for precision in ${PRECISIONS:-tf32 bf16}; do
@@ -108,7 +110,7 @@ report)
     "$python" benchmarks/curves.py --runs "$out/learn_metrics.csv" --official mw | tee "$out/report.txt"
     ;;
 *)
-    echo "gpu_day.sh: unknown piece '$piece': give setup, sync, update, authors, profile, loop, parity, learn, report or wheels." >&2
+    echo "gpu_day.sh: unknown piece '$piece': give $pieces." >&2
     exit 2
     ;;
 esac

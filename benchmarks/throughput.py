@@ -19,7 +19,6 @@ import csv
 import datetime
 import importlib.util
 import json
-import os
 import platform
 import statistics
 import sys
@@ -36,6 +35,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import brc_sac  # noqa: E402
 import suites  # noqa: E402
+from benchmarks.env_steps import hardware  # noqa: E402
 from suites.vector import VectorEnv, default_workers  # noqa: E402
 
 
@@ -298,8 +298,8 @@ def loop(args: Args, width: int, precision: str | None, device: torch.device) ->
 
 def facts_of(device: torch.device) -> dict:
     """Hardware, versions, date and command."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.cpu.get_capabilities().get("cpu_name")
-    return {"hardware": f"{name or platform.processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+    name = f"{torch.cuda.get_device_name(device)}, " if device.type == "cuda" else ""
+    return {"hardware": f"{name}{hardware()}, {torch.get_num_threads()} threads",
             "machine": platform.machine(), "torch": torch.__version__, "python": platform.python_version(),
             "date": datetime.date.today().isoformat(), "command": " ".join(["python", *sys.argv])}
 

@@ -100,14 +100,20 @@ def test_a_compiler_that_fails_leaves_the_updates_eager_and_says_why(monkeypatch
 # ------------------------------------------------------------------------------------------------------- CUDA graph
 
 
-def make_learner(**changes) -> Learner:
+def make_learner(device: torch.device = CPU, **changes) -> Learner:
     """A learner with a few random transitions."""
-    learner, draw = Learner(make_args(**changes), 3, 2, CPU, CPU), np.random.default_rng(0).normal
-    for step in range(20):
-        obs, next_obs = draw(size=(2, 2, 3)).astype(np.float32)
-        result = Step(next_obs, draw(size=2), np.zeros(2, bool), np.full(2, step % 10 == 9), next_obs, np.zeros(2))
-        learner.observe(obs, np.tanh(draw(size=(2, 2))), result)
+    learner = Learner(make_args(**changes), 3, 2, device, device)
+    for step in range(40):
+        store(learner, step)
     return learner
+
+
+def store(learner: Learner, step: int) -> None:
+    """Stores one random step of both tasks; every tenth ends their episodes."""
+    draw = np.random.default_rng(step).normal
+    obs, next_obs = draw(size=(2, 2, 3)).astype(np.float32)
+    result = Step(next_obs, draw(size=2), np.zeros(2, bool), np.full(2, step % 10 == 9), next_obs, np.zeros(2))
+    learner.observe(obs, np.tanh(draw(size=(2, 2))), result)
 
 
 def state(learner: Learner) -> dict:

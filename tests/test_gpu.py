@@ -5,36 +5,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import brc_sac
 from brc_sac import Learner
-from suites.vector import Step
-from tests.test_sac import make_args
+from tests.test_fast_path import flat, store
+from tests.test_fast_path import make_learner as small_learner
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 GPU, ROOT = torch.device("cuda", 0), Path(brc_sac.__file__).parent
 
 
 def make_learner(device: torch.device, **changes) -> Learner:
-    learner = Learner(make_args(precision="fp32", width=64, **changes), 3, 2, device, device)
-    for step in range(40):
-        store(learner, step)
-    return learner
-
-
-def store(learner: Learner, step: int) -> None:
-    draw = np.random.default_rng(step).normal
-    obs, next_obs = draw(size=(2, 2, 3)).astype(np.float32)
-    result = Step(next_obs, draw(size=2), np.zeros(2, bool), np.full(2, step % 10 == 9), next_obs, np.zeros(2))
-    learner.observe(obs, np.tanh(draw(size=(2, 2))), result)
-
-
-def parameters(learner: Learner) -> list[torch.Tensor]:
-    networks = learner.agent.critic, learner.agent.target, learner.agent.actor
-    return [p.detach().cpu() for network in networks for p in network.parameters()]
+    return small_learner(device, precision="fp32", width=64, **changes)
 
 
 @pytest.mark.parametrize("compile", [False, True])
@@ -49,7 +33,7 @@ def test_updates_through_a_graph_are_those_without(compile):
         store(eager, step)
         store(graphed, step)  # what is stored between two replays is sampled by the next
     assert graphed.graph.graph
-    for one, other in zip(parameters(eager), parameters(graphed), strict=True):
+    for one, other in zip(flat(eager), flat(graphed), strict=True):
         # Twenty AdamW steps, whose direction rounding decides where gradients vanish.
         assert (one - other).abs().max() < 3e-3
 
