@@ -19,8 +19,10 @@ import gymnasium as gym
 
 from suites import atari, dmc, humanoidbench, metaworld, shadowhand
 from suites.base import Suite, SuiteError
+from suites.results import VIDEO_STRIDE, mean_episode, mean_result, table, write_videos
 
-__all__ = ["BENCHMARKS", "SUITES", "Suite", "SuiteError", "benchmark", "check", "make", "resolve", "score", "steps"]
+__all__ = ["BENCHMARKS", "SUITES", "VIDEO_STRIDE", "Suite", "SuiteError", "benchmark", "check", "make",
+           "mean_episode", "mean_result", "resolve", "score", "steps", "table", "write_videos"]
 
 # dmc comes last: it owns every remaining `domain-task` name of dm_control.
 BENCHMARKS: tuple[ModuleType, ...] = (metaworld, humanoidbench, shadowhand, atari, dmc)

@@ -1,0 +1,516 @@
+"""What every run needs and no method is in: arguments, devices, a run directory with logs and checkpoints, signals.
+
+args.json        every argument, the program, git commit, versions, hardware, and a record of every resume
+metrics.csv      exp_name,env_name,seed,metric,env_step,value: one row per task and metric, append-only
+checkpoint.pt    the learner's state; checkpoint.previous.pt is the one before it
+replay/*.bin     the replay's rows, append-only: a checkpoint names the pieces that it needs, with checksums
+lock             locked by the process that the directory belongs to
+"""
+
+import contextlib
+import csv
+import dataclasses
+import fcntl
+import functools
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from importlib.metadata import distributions
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+import suites
+from suites.vector import EnvError
+
+PROGRAM = Path(sys.argv[0])  # the script that runs: an agent, a copy of it, or one that imports it
+FORMAT = 2  # of args.json and checkpoints
+
+
+class UsageError(ValueError):
+    """Arguments or files that cannot be used; its message is one sentence for the user."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on; its message says why and what is left of it."""
+
+
+class Unfailing(io.FileIO):
+    """A standard stream that ends no run: what a full disk, a closed pipe or a lost terminal refuses is dropped."""
+
+    def write(self, data: bytes) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def exit_on_error(function: Callable, *args: Any) -> Any:
+    """Runs `function`. Bad input ends the program with its one sentence and exit code 2, a failed run with 1."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # None if it was closed before the program began
+        if isinstance(stream, io.TextIOWrapper) and not isinstance(stream.buffer, Unfailing):
+            raw = Unfailing(stream.fileno(), "w", closefd=False)
+            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, "backslashreplace", write_through=True))
+    try:
+        return function(*args)
+    except (UsageError, suites.SuiteError, RunError, EnvError) as error:
+        print(f"{PROGRAM.name}: {error}", file=sys.stderr)
+        raise SystemExit(1 if isinstance(error, RuntimeError) else 2) from None
+    except (RuntimeError, MemoryError) as error:
+        text = f"{type(error).__name__}: {error}".splitlines()[0]
+        if not any(refusal in text for refusal in ("MemoryError", "OutOfMemoryError", "DefaultCPUAllocator")):
+            raise
+        print(f"{PROGRAM.name}: Out of memory ({text}): give --replay-device cpu, or a smaller network, --batch-size "
+              "or --buffer-size; what has a checkpoint can be resumed.", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None
+
+
+# ------------------------------------------------------------------------------------------------------- arguments
+
+# What may change beside --resume or --evaluate: nothing that the learner's numbers depend on.
+MAY_CHANGE = ("total_steps", "device", "replay_device", "workers", "assets", "track", "capture_video", "log_interval",
+              "checkpoint_interval", "save_replay", "compile", "cuda_graph")
+
+
+def fill(args: Any, **defaults: Any) -> Any:
+    """`args` with those of `defaults` that were not given."""
+    return dataclasses.replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
+
+
+def check_range(args: Any, low: float, high: float, *names: str) -> None:
+    """Raises UsageError where one of the arguments `names` is given and not from `low` to `high`."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise UsageError(f"--{name.replace('_', '-')} is {value}: give a number of at least {low:g}"
+                             + f" and at most {high:g}" * (high < float("inf")) + ".")
+
+
+def parse_args(Args: type, resolve: Callable, description: str, may_change: tuple[str, ...] = MAY_CHANGE) -> Any:
+    """The command line, resolved; with --resume or --evaluate, that run's arguments and what is given beside them."""
+    import tyro
+    args = tyro.cli(Args, description=description.split("\n\n")[0])
+    evaluate = getattr(args, "evaluate", None)
+    run_dir = args.resume or evaluate
+    if not run_dir:
+        return resolve(args)
+    saved, facts = read_args(Path(run_dir), Args)
+    if args.resume and Path(facts["program"]).name != PROGRAM.name:
+        raise UsageError(f"{run_dir} is not a run of {PROGRAM.name}: to go on with it, {facts['go_on']}")
+    args = tyro.cli(Args, default=saved)
+    may_change = [name for name in may_change + ("eval_episodes",) * bool(evaluate) if hasattr(args, name)]
+    for field in dataclasses.fields(Args):
+        old, new = getattr(saved, field.name), getattr(args, field.name)
+        if old != new and field.name not in (*may_change, "resume", "evaluate"):
+            flags = [name.replace("_", "-") for name in (field.name, *may_change)]
+            raise UsageError(f"--{flags[0]} is {old} in {run_dir} and cannot become {new}: beside "
+                             f"{'--evaluate' if evaluate else '--resume'} only --{', --'.join(flags[1:])} may change.")
+    return resolve(args)
+
+
+def read_args(run_dir: Path, Args: type) -> tuple[Any, dict]:
+    """The arguments of the run in a directory, and all of its args.json. Raises UsageError."""
+    try:
+        facts = json.loads((run_dir / "args.json").read_text())
+        fields = {field.name: facts[field.name] for field in dataclasses.fields(Args) if field.name in facts}
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"{run_dir} holds no run to continue (args.json: {error}): give a run directory.") from None
+    if facts.get("format") != FORMAT:
+        raise UsageError(f"{run_dir} was written by another version of this program and cannot be continued: start a "
+                         f"new run, or check out commit {facts.get('git_commit')}, which wrote it.")
+    return Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}), facts
+
+
+# ---------------------------------------------------------------------------------------- devices, seeds and speed
+
+
+def choose_device(name: str) -> Any:
+    """The torch device called `name`, made the current one. Raises UsageError if this machine does not have it."""
+    import torch
+    try:
+        device = torch.empty(0, device=("cpu", "cuda")[torch.cuda.is_available()] if name == "auto" else name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"Device '{name}' is not on this machine ({str(error).splitlines()[0]}): give cpu, cuda, "
+                         "cuda:N or auto.") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # whose streams and graphs are meant
+    return device
+
+
+def derived_seed(seed: int, purpose: str, env_step: int = 0) -> int:
+    """Independent seeds for every purpose and step, from the run's one seed."""
+    return int(np.random.SeedSequence(seed, spawn_key=(*purpose.encode(), env_step)).generate_state(1)[0] >> 1)
+
+
+def compiled(function: Callable) -> Callable:
+    """`function`, compiled at its first call; what cannot be compiled runs as it is, with torch's warning."""
+    import torch
+    torch._dynamo.config.suppress_errors = True
+    # Compiles the backward at once too, where its failure is suppressed as well.
+    torch._functorch.config.force_non_lazy_backward_lowering = True
+    os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # to try the processor's instruction sets takes 8 s
+    return torch.compile(function)
+
+
+def as_cuda_graph(update: Callable[[], dict]) -> Callable[[], dict]:
+    """`update` as one launch in place of thousands: recorded at the fourth call, replayed ever after.
+
+    The first calls run eagerly, beside the main stream as capture asks for. What changes between calls has to lie in
+    tensors that stay in place or in torch's own generator: an optimiser that loads a state later is lost to the graph.
+    """
+    import torch
+    def calls() -> Iterator[dict]:
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        for _ in range(3):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                metrics = update()
+            torch.cuda.current_stream().wait_stream(stream)
+            yield metrics
+        with torch.cuda.graph(graph, stream=stream):
+            metrics = update()
+        while True:
+            graph.replay()
+            yield metrics
+
+    return calls().__next__
+
+
+# ------------------------------------------------------------------------------------------------------------- run
+
+
+class Run:
+    """A run: its directory, logs, checkpoints and progress bar, and the signals that stop it.
+
+    SIGTERM, SIGINT and SIGHUP set `stop`, a second SIGINT ends at once, SIGUSR1 sets `asked`, for a checkpoint.
+    """
+
+    def __init__(self, args: Any, arguments: str = "", **facts: Any):
+        """Creates nothing. `arguments` stand before --resume in the command that continues, `facts` in args.json."""
+        self.args, self.arguments, self.facts = args, arguments, facts
+        default = f"runs/{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        self.dir = Path(args.resume or args.run_dir or default)
+        if not args.resume:
+            check_empty(self.dir)
+        if args.track and find_spec("wandb") is None:
+            raise UsageError("--track needs W&B, which is not installed: pip install wandb, or leave --track out.")
+        self.state: dict = {}  # the last checkpoint, for a resumed run
+        self.saved_step: int | None = None  # of the last checkpoint
+        self.stop, self.asked = 0, False
+        self.evaluated: set[int] = set()  # the steps whose evaluations are in metrics.csv
+        self.unwritten: list[tuple] = []  # rows
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, self._hear)
+
+    def _hear(self, number: int, frame: Any) -> None:
+        if number == signal.SIGUSR1:
+            self.asked = True
+        else:
+            self.stop = number
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    @property
+    def go_on(self) -> str:
+        """The command that continues this run."""
+        return shlex.join(["python", str(PROGRAM), *self.arguments.split(), "--resume", str(self.dir)])
+
+    def open(self, buffer: Any) -> None:
+        """Claims the directory, with --resume reads the last checkpoint, writes args.json, starts the logs."""
+        self.dir, self.lock = claim(self.dir, self.args)
+        if self.args.resume:
+            self.state = read_checkpoint(self.dir, buffer)
+            self.saved_step = self.state.get("env_step")
+        run_id = self._write_args()
+        if self.args.track:
+            import wandb
+            wandb.init(project=os.environ.get("WANDB_PROJECT", "brc"), name=self.dir.name, id=run_id, resume="allow",
+                       config=dataclasses.asdict(self.args), dir=str(self.dir), sync_tensorboard=True)
+        print(f"{self.args.exp_name} in {self.dir}", flush=True)
+        self.bar = tqdm(total=self.args.total_steps, initial=self.saved_step or 0, unit="step", dynamic_ncols=True,
+                        miniters=1, mininterval=0.5 if sys.stderr.isatty() else 15)
+        with survives("metrics.csv"):
+            self._read_csv()
+        self._append_csv()
+
+    @functools.cached_property
+    def tensorboard(self) -> Any:
+        """The writer; a disk on which it cannot be made now is tried again the next time."""
+        from torch.utils.tensorboard import SummaryWriter
+        return SummaryWriter(str(self.dir / "tensorboard"), purge_step=self.saved_step + 1 if self.saved_step else None)
+
+    def _write_args(self) -> str:
+        """args.json: the arguments, what else a reader needs to repeat the run, every resume. Returns the run's id."""
+        import torch
+        git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+        gpu = torch.cuda.is_available() and self.args.device != "cpu"
+        facts = {
+            "git_commit": commit or None, "command": shlex.join(sys.argv), "threads": torch.get_num_threads(),
+            "hardware": torch.cuda.get_device_name() if gpu else f"CPU, {os.cpu_count()} cores",
+            "versions": {"python": sys.version.split()[0]} | {x.name: x.version for x in distributions() if x.name},
+        }
+        constant = {"format": FORMAT, "run_id": os.urandom(6).hex(), "program": str(PROGRAM.resolve()),
+                    "go_on": self.go_on} | self.facts
+        path = self.dir / "args.json"
+        if self.args.resume:
+            before = json.loads(path.read_text())
+            constant = {name: before.get(name) for name in constant}
+            resumed = [*before.get("resumed", []), {"env_step": self.saved_step} | facts]
+            facts = {name: before.get(name) for name in facts} | {"resumed": resumed}
+        arguments = dataclasses.asdict(self.args) | {"resume": None, "evaluate": None, "run_dir": str(self.dir)}
+        text = json.dumps(arguments | constant | facts, indent=2) + "\n"
+        try:
+            write_file(path, lambda file: file.write(text.encode()))
+        except OSError as error:
+            if not self.args.resume:
+                raise UsageError(f"{self.dir} cannot be written ({error}): give another --run-dir.") from None
+        return constant["run_id"]
+
+    def _read_csv(self) -> None:
+        """Learns which evaluations metrics.csv holds, and cuts what a kill in the midst of one has left at its end."""
+        path = self.dir / "metrics.csv"
+        data = path.read_bytes() if path.exists() else b""
+        rows = data.splitlines(keepends=True)
+        self.evaluated = set(map(int, re.findall(rb",mean,[^,\n]*,score,(\d+),[^,\n]*\n", data)))
+        begun = [] if self.saved_step in self.evaluated else [str(self.saved_step).encode()]
+        while rows and (not rows[-1].endswith(b"\n") or rows[-1].split(b",")[-2:-1] == begun):
+            rows.pop()
+        if rows:
+            os.truncate(path, len(b"".join(rows)))
+        else:
+            self.unwritten.append(("exp_name", "env_name", "seed", "metric", "env_step", "value"))
+
+    def _append_csv(self) -> None:
+        """Writes the rows of metrics.csv that wait to be written: all of them, or none until the next time."""
+        path = self.dir / "metrics.csv"
+        with survives("metrics.csv"):
+            size = path.stat().st_size if path.exists() else 0
+            try:
+                with open(path, "a", newline="") as file:
+                    csv.writer(file, lineterminator="\n").writerows(self.unwritten)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError:
+                os.truncate(path, size)
+                raise
+            self.unwritten.clear()
+
+    def log_evaluation(self, results: list[dict], frames: list, env_step: int, embedding: Any) -> None:
+        """A row per task and metric, last env_name=mean; a GIF per task; the task embeddings [N, D] or [N, 0]."""
+        means, scalars = suites.mean_result(results), {}
+        for task, result in [*zip(self.args.tasks, results, strict=True), ("mean", means)]:
+            for metric, value in result.items():
+                scalars[f"eval_{metric}/{task}"] = value
+                self.unwritten.append((self.args.exp_name, task, self.args.seed, metric, env_step, f"{value:.6g}"))
+        self._append_csv()
+        self.evaluated.add(env_step)
+        self.log(scalars, env_step)
+        with survives("TensorBoard's log or the videos"):
+            for summary in suites.write_videos(self.args.tasks, frames, self.dir, env_step):
+                self.tensorboard._get_file_writer().add_summary(summary, env_step)
+            if embedding.numel():
+                self.tensorboard.add_embedding(embedding.detach().cpu(), list(self.args.tasks), tag="task_embedding",
+                                               global_step=env_step)
+        tqdm.write(f"step {env_step:>9,}: " + ", ".join(f"mean {name} {value:.3f}" for name, value in means.items()))
+        self.bar.set_postfix(score=f"{means['score']:.3f}", refresh=False)
+        self.bar.unpause()  # an evaluation is not counted into the bar's speed
+
+    def log(self, scalars: dict[str, float], env_step: int) -> None:
+        """Scalars, and the bar's own speed, for TensorBoard."""
+        with survives("TensorBoard's log"):
+            for name, value in (scalars | {"time/env_steps_per_second": self.bar.format_dict["rate"] or 0}).items():
+                self.tensorboard.add_scalar(name, value, env_step)
+
+    def save(self, env_step: int, state: dict, buffer: Any) -> None:
+        """A checkpoint of `state`, torch's random states and the replay's new rows; on failure warns, and goes on."""
+        import torch
+        self.asked = False
+        if env_step == self.saved_step:
+            return
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        with survives(f"The checkpoint of step {env_step:,}"):
+            replay = append_replay(self.dir / "replay", buffer, self.state) if self.args.save_replay else {}
+            state = state | {"format": FORMAT, "env_step": env_step, "replay": replay,
+                             "random": {"cpu": torch.get_rng_state(), "cuda": cuda}}
+            write_file(self.dir / "checkpoint.pt", lambda file: torch.save(state, file), "checkpoint.previous.pt")
+            self.saved_step, self.state = env_step, {"replay": replay}
+
+    def check_finite(self, values: dict, env_step: int) -> None:
+        """Raises RunError if one of the tensors or arrays is not finite. Waits for the device."""
+        for name, value in values.items():
+            if not np.isfinite(value.tolist()).all():
+                raise RunError(f"{name} is not finite at step {env_step:,}: the networks have diverged. The last "
+                               f"checkpoint is from step {self.saved_step}; to go on from there: {self.go_on}")
+
+    def close(self) -> None:
+        self.bar.close()
+        with survives("TensorBoard's log"):
+            self.tensorboard.close()
+
+    def finish(self, env_step: int, results: list[dict]) -> None:
+        """The table of the last evaluation; after a signal, what is saved, and the exit code that says so."""
+        last = "There is no checkpoint yet"
+        if self.saved_step is not None:
+            last = f"The last checkpoint is from step {self.saved_step:,}"
+        if self.stop:
+            print(f"Stopped by {signal.Signals(self.stop).name} at step {env_step:,}. {last}; to go on: {self.go_on}",
+                  file=sys.stderr)
+            raise SystemExit(128 + self.stop)
+        if results:
+            print(suites.table(self.args.tasks, results))
+        if self.saved_step != env_step:
+            raise RunError(f"{last}, in {self.dir}: that of step {env_step:,} could not be written.")
+
+
+@contextlib.contextmanager
+def survives(what: str) -> Iterator[None]:
+    """A disk that fails costs what was to be written, never the run."""
+    try:
+        yield
+    except OSError as error:
+        tqdm.write(f"{what} cannot be written ({error}); the run goes on, and tries again the next time.")
+
+
+def check_empty(directory: Path) -> None:
+    """Raises UsageError if a new run cannot have `directory`; the lock of one that never began is in nobody's way."""
+    if directory.exists() and (not directory.is_dir() or {path.name for path in directory.iterdir()} - {"lock"}):
+        raise UsageError(f"Run directory {directory} already holds files: give another --run-dir, or --resume "
+                         f"{shlex.quote(str(directory))} to continue the run that is there.")
+
+
+def claim(directory: Path, args: Any) -> tuple[Path, Any]:
+    """Makes the directory, or for a new run one beside it, this process's own; returns it and the locked file."""
+    lock = None
+    try:
+        while not (args.resume or args.run_dir) and directory.exists():  # another run began in this second
+            directory = directory.with_name(directory.name + "+")
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = open(directory / "lock", "ab")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UsageError(f"{directory} belongs to a run that is still going on: wait for it or stop it, or give "
+                         "another --run-dir.") from None
+    except OSError:
+        pass  # a file system without locks, or one that cannot be written: args.json will tell
+    if not args.resume:
+        check_empty(directory)  # again: two processes may have found it empty
+    return directory, lock
+
+
+# ----------------------------------------------------------------------------------------------------- checkpoints
+
+
+def write_file(path: Path, write: Callable[[Any], object], previous: str | None = None) -> None:
+    """Calls `write` with a file aside, syncs and renames it: `path` is complete, or as before, which is `previous`."""
+    aside = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(aside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, path.with_name(previous))
+        os.replace(aside, path)
+    except RuntimeError as error:  # torch.save reports a full disk as an error of its own
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+
+
+# buffer.rings is a dict of name -> (ring, stop, kept): the last `kept` of `stop` rows written so far are in the ring,
+# row i at ring[i % len(ring)]. In the file of that name row i is i row sizes from the start.
+
+
+def append_replay(folder: Path, buffer: Any, state: dict) -> dict:
+    """Appends the rows that checkpoint `state` lacks to the rings' files; returns the pieces [first, stop, CRC-32]."""
+    folder.mkdir(exist_ok=True)
+    pieces = {name: list(state.get("replay", {}).get(name, [])) for name in buffer.rings}
+    for name, (ring, stop, kept) in buffer.rings.items():
+        first, size = max(0, stop - kept, *(piece[1] for piece in pieces[name][-1:])), ring[0].nbytes
+        with open(os.open(folder / f"{name}.bin", os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+            while first < stop:
+                row = first % len(ring)
+                count = min(stop - first, len(ring) - row, 1 + 2**26 // size)  # 64 MB at a time
+                data = ring[row:row + count].cpu().numpy().tobytes()
+                file.seek(first * size)
+                file.write(data)
+                pieces[name].append([first, first + count, zlib.crc32(data)])
+                first += count
+            file.flush()
+            os.fsync(file.fileno())
+    return pieces
+
+
+def load_replay(folder: Path, buffer: Any, state: dict) -> None:
+    """Reads the kept rows into `buffer.rings`. Raises OSError or ValueError for a file that is short or damaged."""
+    import torch
+    for name, (ring, end, kept) in buffer.rings.items():
+        size = ring[0].nbytes
+        with open(folder / f"{name}.bin", "rb") as file:
+            for first, stop, checksum in state["replay"][name]:
+                if stop <= end - kept:
+                    continue
+                file.seek(first * size)
+                data = bytearray(file.read((stop - first) * size))
+                if zlib.crc32(data) != checksum:
+                    raise ValueError(f"rows {first} to {stop} of {file.name} fail their checksum")
+                rows = torch.frombuffer(data, dtype=ring.dtype).view(stop - first, *ring.shape[1:])
+                index = torch.arange(max(first, end - kept), stop)
+                ring[(index % len(ring)).to(ring.device)] = rows[index - first].to(ring.device)
+
+
+def read_checkpoint(run_dir: Path, buffer: Any = None) -> dict:
+    """The newest complete checkpoint of `run_dir`; the previous one takes a damaged one's place.
+
+    For a run that goes on, loads the replay into `buffer` and the random states; {} if there is no checkpoint yet.
+    Raises UsageError where there is no complete one.
+    """
+    import torch
+    paths, failures = [run_dir / "checkpoint.pt", run_dir / "checkpoint.previous.pt"], []
+    if buffer and not any(path.exists() for path in paths):
+        print(f"{run_dir} has no checkpoint yet: starting from the beginning.", file=sys.stderr)
+        return {}
+    for path in paths:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise ValueError(f"record {damaged} fails its checksum")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if state.get("format") != FORMAT:
+                raise ValueError("it is of another version of this program")
+            if buffer:
+                if not state["replay"]:
+                    raise ValueError("it was saved without its replay, and serves --evaluate and transfer.py only")
+                buffer.load_state_dict(state["buffer"])
+                load_replay(run_dir / "replay", buffer, state)
+                torch.set_rng_state(state["random"]["cpu"])
+                if len(state["random"]["cuda"]) == torch.cuda.device_count():  # else the run has changed its machine
+                    torch.cuda.set_rng_state_all(state["random"]["cuda"])
+        except Exception as error:  # a flipped bit can surface as almost any exception of zipfile, pickle or torch
+            failures.append(f"{path} is missing or cannot be used ({error})")
+            continue
+        if failures:
+            print(f"{failures[0]}; going on from {path} at step {state['env_step']:,}.", file=sys.stderr)
+            if buffer:  # so that the next checkpoint does not push this one out for the damaged one
+                with contextlib.suppress(OSError):  # a read-only disk
+                    os.replace(path, paths[0])
+        return state
+    raise UsageError(f"No complete checkpoint in {run_dir}: {'; '.join(failures)}.")
