@@ -760,7 +760,8 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
                 seed = harness.derived_seed(args.seed, "evaluation", env_step)
                 results, frames = evaluate(agent, eval_envs, args.eval_episodes, seed, args.capture_video,
                                            lambda: run.stop)
-                run.log_evaluation(results, frames, env_step, agent.critic.embed(agent.task_ids))
+                if results:
+                    run.log_evaluation(results, frames, env_step, agent.critic.embed(agent.task_ids))
             if run.stop or env_step >= args.total_steps:
                 break
 
@@ -847,7 +848,7 @@ def evaluate_run(args: Args) -> list[dict]:
     seed = harness.derived_seed(args.seed, "evaluation", saved["env_step"])
     results, frames = evaluate(agent, envs, args.eval_episodes, seed, args.capture_video)
     envs.close()
-    suites.write_videos(args.tasks, frames, run_dir, saved["env_step"])
+    list(suites.write_videos(args.tasks, frames, run_dir, saved["env_step"]))
     print(f"{args.exp_name} at step {saved['env_step']:,}, {args.eval_episodes} episodes per task")
     print(suites.table(args.tasks, results))
     return results
