@@ -252,8 +252,9 @@ class Critic(nn.Module):
     def __init__(self, args: Args, obs_dim: int, act_dim: int, num_embeddings: int):
         """num_embeddings: one per task; 0 in single-task mode (paper)."""
         super().__init__()
-        self.embedding = TaskEmbedding(num_embeddings, args.embedding_dim, args.embedding_norm) if num_embeddings else None
-        in_features = obs_dim + act_dim + (args.embedding_dim if num_embeddings else 0)
+        rows = num_embeddings
+        self.embedding = TaskEmbedding(rows, args.embedding_dim, args.embedding_norm) if rows else None
+        in_features = obs_dim + act_dim + (args.embedding_dim if rows else 0)
         # A plain loop over two members beats vmap and batched matmuls on CPU.
         self.members = nn.ModuleList(
             nn.Sequential(BroNet(in_features, args.width, args.critic_depth), Dense(args.width, args.num_atoms))

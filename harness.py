@@ -74,8 +74,8 @@ def exit_on_error(function: Callable, *args: Any) -> Any:
         text = f"{type(error).__name__}: {error}".splitlines()[0]
         if not any(refusal in text for refusal in ("MemoryError", "OutOfMemoryError", "DefaultCPUAllocator")):
             raise
-        print(f"{PROGRAM.name}: Out of memory ({text}): give --replay-device cpu, or a smaller network, --batch-size "
-              "or --buffer-size; what has a checkpoint can be resumed.", file=sys.stderr)
+        print(f"{PROGRAM.name}: Out of memory ({text}): give a smaller network, --batch-size or --buffer-size, or "
+              "--replay-device cpu; a run that has a checkpoint can be resumed.", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
@@ -94,11 +94,10 @@ def fill(args: Any, **defaults: Any) -> Any:
 
 
 def check_range(args: Any, low: float, high: float, *names: str) -> None:
-    """Raises UsageError where one of the arguments `names` is given and not from `low` to `high`."""
+    """Raises UsageError where one of the arguments `names` is not from `low` to `high`."""
     for name in names:
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            raise UsageError(f"--{name.replace('_', '-')} is {value}: give a number of at least {low:g}"
+        if not low <= getattr(args, name) <= high:
+            raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give a number of at least {low:g}"
                              + f" and at most {high:g}" * (high < float("inf")) + ".")
 
 
@@ -261,27 +260,25 @@ class Run:
         git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
         gpu = torch.cuda.is_available() and self.args.device != "cpu"
-        facts = {
+        here = {
             "git_commit": commit or None, "command": shlex.join(sys.argv), "threads": torch.get_num_threads(),
             "hardware": torch.cuda.get_device_name() if gpu else f"CPU, {os.cpu_count()} cores",
             "versions": {"python": sys.version.split()[0]} | {x.name: x.version for x in distributions() if x.name},
         }
-        constant = {"format": FORMAT, "run_id": os.urandom(6).hex(), "program": str(PROGRAM.resolve()),
-                    "go_on": self.go_on} | self.facts
+        arguments = dataclasses.asdict(self.args) | {"resume": None, "evaluate": None, "run_dir": str(self.dir)}
         path = self.dir / "args.json"
         if self.args.resume:
-            before = json.loads(path.read_text())
-            constant = {name: before.get(name) for name in constant}
-            resumed = [*before.get("resumed", []), {"env_step": self.saved_step} | facts]
-            facts = {name: before.get(name) for name in facts} | {"resumed": resumed}
-        arguments = dataclasses.asdict(self.args) | {"resume": None, "evaluate": None, "run_dir": str(self.dir)}
-        text = json.dumps(arguments | constant | facts, indent=2) + "\n"
+            facts = json.loads(path.read_text()) | arguments
+            facts["resumed"] = [*facts.get("resumed", []), {"env_step": self.saved_step} | here]
+        else:
+            facts = arguments | {"format": FORMAT, "run_id": os.urandom(6).hex(), "program": str(PROGRAM.resolve()),
+                                 "go_on": self.go_on} | self.facts | here
         try:
-            write_file(path, lambda file: file.write(text.encode()))
+            write_file(path, lambda file: file.write(json.dumps(facts, indent=2).encode() + b"\n"))
         except OSError as error:
             if not self.args.resume:
                 raise UsageError(f"{self.dir} cannot be written ({error}): give another --run-dir.") from None
-        return constant["run_id"]
+        return facts["run_id"]
 
     def _read_csv(self) -> None:
         """Learns which evaluations metrics.csv holds, and cuts what a kill in the midst of one has left at its end."""
@@ -366,17 +363,15 @@ class Run:
 
     def finish(self, env_step: int, results: list[dict]) -> None:
         """The table of the last evaluation; after a signal, what is saved, and the exit code that says so."""
-        last = "There is no checkpoint yet"
-        if self.saved_step is not None:
-            last = f"The last checkpoint is from step {self.saved_step:,}"
+        last = f"Last checkpoint: {'none' if self.saved_step is None else f'step {self.saved_step:,}'}"
         if self.stop:
-            print(f"Stopped by {signal.Signals(self.stop).name} at step {env_step:,}. {last}; to go on: {self.go_on}",
+            print(f"Stopped by {signal.Signals(self.stop).name} at step {env_step:,}. {last}. To go on: {self.go_on}",
                   file=sys.stderr)
             raise SystemExit(128 + self.stop)
         if results:
             print(suites.table(self.args.tasks, results))
         if self.saved_step != env_step:
-            raise RunError(f"{last}, in {self.dir}: that of step {env_step:,} could not be written.")
+            raise RunError(f"The checkpoint of step {env_step:,} could not be written to {self.dir}. {last}.")
 
 
 @contextlib.contextmanager
