@@ -25,6 +25,12 @@ class SuiteError(ValueError):
     """A task or suite that cannot be used; its message is one sentence for the user."""
 
 
+def table(text: str) -> dict[str, tuple[float, float]]:
+    """A row per line of `text`: a task name and two numbers."""
+    rows = [line.split() for line in text.strip().splitlines()]
+    return {task: (float(first), float(second)) for task, first, second in rows}
+
+
 class Seeded(gym.Wrapper):
     """Seeds the first reset with `seed`, unless that reset is given another, to fix all episodes from the start."""
 
