@@ -25,6 +25,7 @@ Run directory, logs, checkpoint files and signals are in harness.py, which no id
 Shapes: B batch, E ensemble, K atoms, N tasks, O observation, A action, H width.
 """
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -55,6 +56,8 @@ class Args:
     """Task names, in place of --suite's; any names the suites know. One task = single-task mode."""
     split: Literal["all", "pretrain"] = "all"
     """All of the suite's tasks, or those that the paper pretrains on before transfer."""
+    goals: Literal["fresh", "frozen"] | None = None
+    """MetaWorld's goals: drawn anew every episode, or once for a whole run as in the release; default by --variant."""
     seed: int = 0
     """Seed of networks, noise and environments."""
     total_steps: int | None = None
@@ -92,7 +95,7 @@ class Args:
     replay_device: str | None = None
     """Device of the replay buffer; default the training device."""
     precision: Literal["tf32", "bf16", "fp32"] = "tf32"
-    """Of the matrix products; all else is float32. tf32 is of NVIDIA GPUs, and float32 elsewhere."""
+    """Of matrix products: bf16 in the critics' bodies only, tf32 on NVIDIA GPUs only; all else is float32."""
     compile: bool = True
     """torch.compile the losses, where there is a C++ compiler and the run is of 20,000 updates or more."""
     cuda_graph: bool = True
@@ -101,8 +104,7 @@ class Args:
     """Update while the environments step (the newest transition is then sampled one step later); off = step first."""
 
     variant: Literal["paper", "release"] = "paper"
-    """Where the paper's text and the authors' code differ (embedding norm, truncation bootstrap, entropy share of the
-    return scale), follow the text or the code."""
+    """Where the paper's text and the authors' code differ, follow the text or the code; see docs/choices.md."""
     width: int | None = None
     """Critic width H in units; default 4096 (paper), for the demo 128."""
     critic_depth: int = 2
@@ -114,7 +116,7 @@ class Args:
     embedding_dim: int = 32
     """Numbers per task embedding (paper)."""
     embedding_norm: Literal["l1", "l2"] | None = None
-    """Norm that is 1 in every task embedding; default by --variant: l1 (paper, C.4), l2 (release)."""
+    """Norm of every task embedding, which is 1; default by --variant: l1 (paper, C.4) or l2 (release)."""
     num_atoms: int = 101
     """Atoms K of the categorical value (paper)."""
     v_max: float = 10.0
@@ -144,13 +146,11 @@ DEMO = dict(width=128, batch_size=256, learning_starts=1000, eval_interval=2_000
 
 
 def resolve(args: Args) -> Args:
-    """Fills in the defaults that depend on other arguments, and checks all values, before anything is created.
-
-    Raises UsageError or suites.SuiteError.
-    """
+    """Fills in the defaults that depend on other arguments. Raises UsageError or suites.SuiteError for bad ones."""
     if args.assets:  # through the environment, which the worker processes inherit
         os.environ["SHADOWHAND_ASSETS"] = os.path.abspath(args.assets)
     tasks = suites.resolve(args.suite, args.tasks, args.split)
+    suites.check_goals(tasks, args.goals or "fresh")
     if games := [task for task in tasks if suites.benchmark(task) is suites.atari]:
         raise UsageError(f"{games[0]} is an Atari game, played from pixels: {harness.PROGRAM.name} runs continuous "
                          "control only, so leave the games out, or use brc_drq.py for them.")
@@ -162,6 +162,7 @@ def resolve(args: Args) -> Args:
         "total_steps": suites.steps(tasks) if args.tasks else suites.SUITES[args.suite].steps,
         "exp_name": f"{harness.PROGRAM.stem}-{label}-{args.variant}",
         "embedding_norm": {"paper": "l1", "release": "l2"}[args.variant],
+        "goals": {"paper": "fresh", "release": "frozen"}[args.variant],
     } | (DEMO if args.suite == "demo" and not args.tasks else {})
     args = harness.fill(dataclasses.replace(args, tasks=tasks), **defaults)
     args = harness.fill(args, eval_interval=max(1, args.total_steps // 20), workers=default_workers(tasks))
@@ -252,9 +253,10 @@ class Critic(nn.Module):
     def __init__(self, args: Args, obs_dim: int, act_dim: int, num_embeddings: int):
         """num_embeddings: one per task; 0 in single-task mode (paper)."""
         super().__init__()
-        rows = num_embeddings
-        self.embedding = TaskEmbedding(rows, args.embedding_dim, args.embedding_norm) if rows else None
-        in_features = obs_dim + act_dim + (args.embedding_dim if rows else 0)
+        self.embedding, in_features, self.bf16 = None, obs_dim + act_dim, args.precision == "bf16"
+        if num_embeddings:
+            self.embedding = TaskEmbedding(num_embeddings, args.embedding_dim, args.embedding_norm)
+            in_features += args.embedding_dim
         # A plain loop over two members beats vmap and batched matmuls on CPU.
         self.members = nn.ModuleList(
             nn.Sequential(BroNet(in_features, args.width, args.critic_depth), Dense(args.width, args.num_atoms))
@@ -268,11 +270,13 @@ class Critic(nn.Module):
 
     def forward(self, obs: Tensor, action: Tensor, embedding: Tensor) -> Tensor:
         x = torch.cat([obs, action, embedding], dim=-1)  # [B, O + A + D]
-        return torch.stack([member(x) for member in self.members])  # [E, B, K]
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):  # nearly all of an update's work is here
+            features = [body(x) for body, _ in self.members]  # E of [B, H]
+        return torch.stack([head(h) for (_, head), h in zip(self.members, features)])  # [E, B, K]
 
     def q_values(self, logits: Tensor) -> Tensor:
         """Expected value [B] of logits [E, B, K]: the mean over the ensemble, no minimum."""
-        return (logits.softmax(-1).mean(0) * self.atoms).sum(-1)  # a matrix product would fall under autocast
+        return (logits.softmax(-1).mean(0) * self.atoms).sum(-1)
 
 
 class Actor(nn.Module):
@@ -356,8 +360,9 @@ class ReturnNormalizer:
             returns[t] = G = rewards[t] + self.gamma * G
         self.return_min[task] = min(self.return_min[task], returns.min())
         self.return_max[task] = max(self.return_max[task], returns.max())
-        # fill_ never waits for the device; an assignment may.
-        self.return_scale[task].fill_(float(max(self.return_max[task], abs(self.return_min[task]))))
+        scale = float(max(self.return_max[task], abs(self.return_min[task])))
+        if scale > 0 or self.variant == "release":  # a task whose returns were all 0 has no scale yet
+            self.return_scale[task].fill_(scale)  # never waits for the device; an assignment may
         self.episode_rewards[task] = []
 
     @torch.no_grad()
@@ -382,8 +387,7 @@ class ReturnNormalizer:
         if self.variant == "release":
             entropy_share = temperature * -self.target_entropy / 2 / (1 - self.gamma)
         else:
-            # Above 0, so that a task whose rewards were all 0 so far stays 0 and does not become 0 / 0.
-            entropy_share = (temperature * self.entropy / (1 - self.gamma)).clamp(min=1e-8)
+            entropy_share = (temperature * self.entropy / (1 - self.gamma)).clamp(min=0)
         return self.return_scale + entropy_share
 
     def normalize(self, reward: Tensor, task_id: Tensor, temperature: Tensor) -> Tensor:
@@ -520,10 +524,7 @@ def target_positions(batch: Batch, next_log_prob: Tensor, temperature: Tensor, a
 
 def critic_loss(critic: Critic, target: Critic, actor: Actor, temperature: Tensor, gamma: float, batch: Batch,
                 noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross-entropy between both critics' logits and the projected target, and what to log.
-
-    The target: the policy's next action, for noise [B, A], rated by the mean of both target critics.
-    """
+    """Cross-entropy between both critics' logits and the projected value of the next action, and what to log."""
     with torch.no_grad():
         next_action, next_log_prob = sample_action(*actor(batch.next_obs, critic.embed(batch.task_id)), noise)
         target_logits = target(batch.next_obs, next_action, target.embed(batch.task_id))  # [E, B, K]
@@ -582,17 +583,17 @@ class Agent:
         self.target_entropy = -act_dim / 2
         with self.device:
             self.critic = Critic(args, obs_dim, act_dim, num_embeddings)
-            self.target = Critic(args, obs_dim, act_dim, num_embeddings).requires_grad_(False)
+            self.target = copy.deepcopy(self.critic).requires_grad_(False)
             self.actor = Actor(args, obs_dim, act_dim, num_embeddings)
             self.log_temperature = nn.Parameter(torch.tensor(args.init_temperature).log())
             self.task_ids = torch.arange(num_tasks)
-        self.target.load_state_dict(self.critic.state_dict())
         self.critic_optimizer = make_adamw(self.critic.parameters(), args)
         self.actor_optimizer = make_adamw(self.actor.parameters(), args)
         self.temperature_optimizer = make_temperature_adam(self.log_temperature, args)
-        # All that makes an update fast, but for the graph in `train`; eager float32 is the same code.
-        torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
-        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=args.precision == "bf16")
+        # With the critics' bf16 and the graph in `train` all that makes an update fast; eager float32 is the same code.
+        fast = self.device.type == "cuda" and args.precision != "fp32"
+        torch.set_float32_matmul_precision("high" if fast else "highest")
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         self.critic_loss, self.actor_loss = (harness.compiled(loss) if args.compile else loss
                                              for loss in (critic_loss, actor_loss))
 
@@ -612,17 +613,15 @@ class Agent:
         """
         temperature = self.temperature
         # 1-3: next action and target distribution, cross-entropy, critic and embedding step
-        with self.autocast:
-            loss, critic_metrics = self.critic_loss(self.critic, self.target, self.actor, temperature, self.args.gamma,
-                                                    batch, next_noise)
+        loss, critic_metrics = self.critic_loss(self.critic, self.target, self.actor, temperature, self.args.gamma,
+                                                batch, next_noise)
         optimize(self.critic_optimizer, loss)
         # 4: target <- tau critic + (1 - tau) target
         with torch.no_grad():
             torch._foreach_lerp_(list(self.target.parameters()), list(self.critic.parameters()), self.args.tau)
         # 5: actor step through the new critic
         self.critic.requires_grad_(False)  # its weight gradients would be a seventh of all the work
-        with self.autocast:
-            loss, log_prob, actor_metrics = self.actor_loss(self.critic, self.actor, temperature, batch, noise)
+        loss, log_prob, actor_metrics = self.actor_loss(self.critic, self.actor, temperature, batch, noise)
         self.critic.requires_grad_(True)
         optimize(self.actor_optimizer, loss)
         # 6: temperature step with the entropy of step 5
@@ -714,13 +713,14 @@ class Start(NamedTuple):
 def train(args: Args, start: Start = Start()) -> list[dict]:
     """Trains as `args` say; returns the last evaluation's means, one dict per task.
 
-    Raises UsageError or suites.SuiteError, before anything is created, for arguments that cannot be run, and RunError
-    for a run that cannot go on.
+    Raises UsageError or SuiteError, before anything is created, and RunError for a run that cannot go on.
     """
     num_tasks, device = len(args.tasks), harness.choose_device(args.device)
     replay_device = harness.choose_device(args.replay_device or args.device)
     run = harness.Run(args, start.arguments, **start.facts)
-    envs, eval_envs = make_envs(args, start.pad_to), make_envs(args, start.pad_to, args.capture_video)
+    more = {"workers": args.workers, "pad_to": start.pad_to, "goals": args.goals}
+    envs = VectorEnv(args.tasks, args.seed, **more)
+    eval_envs = VectorEnv(args.tasks, args.seed + 42, render=args.capture_video, **more)  # the release's seeds
     torch.manual_seed(harness.derived_seed(args.seed, "networks"))
     agent = Agent(args, envs.obs_dim, envs.act_dim, num_tasks, start.num_embeddings, device)
     normalizer = ReturnNormalizer(args, max(num_tasks, agent.sizes[-1]), envs.act_dim, device)
@@ -747,6 +747,10 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
     if args.cuda_graph and device.type == "cuda" and device == replay_device:
         updates = harness.as_cuda_graph(updates)
 
+    def save() -> None:
+        parts = {"agent": agent, "normalizer": normalizer, "buffer": buffer}
+        run.save(env_step, {name: part.state_dict() for name, part in parts.items()}, buffer)
+
     metrics, results = {}, []
     obs = envs.reset(seed=harness.derived_seed(args.seed, "environments", env_step))
     try:
@@ -756,7 +760,7 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
             due &= env_step > 0 or start.acts
             if due or env_step % args.checkpoint_interval == 0 or run.stop or run.asked:
                 run.check_finite(metrics, env_step)  # never over the last good one
-                run.save(env_step, state(agent, normalizer, buffer), buffer)
+                save()
             if due and not run.stop and env_step not in run.evaluated:
                 seed = harness.derived_seed(args.seed, "evaluation", env_step)
                 results, frames = evaluate(agent, eval_envs, args.eval_episodes, seed, args.capture_video,
@@ -796,7 +800,7 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
                 run.log({f"train/{name}": value.item() for name, value in metrics.items()}
                         | {f"return_scale/{task}": scale for task, scale in scales}, env_step)
     except EnvError as error:
-        run.save(env_step, state(agent, normalizer, buffer), buffer)
+        save()
         raise harness.RunError(f"{error}\nStopped at step {env_step:,}. To go on: {run.go_on}") from None
     finally:
         run.close()
@@ -806,27 +810,14 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
     return results
 
 
-def make_envs(args: Args, pad_to: tuple[int, int], render: bool = False) -> VectorEnv:
-    """Environments of all tasks, for training or evaluation. Raises suites.SuiteError for what is missing here."""
-    suites.check(args.tasks)
-    if render:
-        suites.check_rendering(args.tasks)
-    return VectorEnv(args.tasks, args.seed, 0 if render else args.workers, render, pad_to=pad_to)
-
-
 def raw_value(agent: Agent, normalizer: ReturnNormalizer, obs: np.ndarray) -> np.ndarray:
     """The critic's value [N] of observations [N, O] in raw reward units. Waits for the device, once per episode."""
     value = agent.value(torch.from_numpy(obs).to(agent.device))
     return normalizer.denormalize(value, agent.task_ids, agent.temperature).cpu().numpy()
 
 
-def state(agent: Agent, normalizer: ReturnNormalizer, buffer: ReplayBuffer) -> dict:
-    """All that a continuation needs, but for the random states and the replay's rows."""
-    return {"agent": agent.state_dict(), "normalizer": normalizer.state_dict(), "buffer": buffer.state_dict()}
-
-
 def restore(state: dict, agent: Agent, normalizer: ReturnNormalizer, buffer: ReplayBuffer) -> int:
-    """The inverse of `state`; returns the step. The environments start anew: running episodes end as truncated."""
+    """Sets a run to its checkpoint's state; returns the step. Environments start anew: running episodes are cut."""
     agent.load_state_dict(state["agent"])
     normalizer.load_state_dict(state["normalizer"])
     running = [task for task, rewards in enumerate(normalizer.episode_rewards) if rewards]
@@ -845,7 +836,8 @@ def evaluate_run(args: Args) -> list[dict]:
     args = dataclasses.replace(args, compile=False)
     agent = Agent(args, *saved["agent"]["sizes"], harness.choose_device(args.device))
     agent.load_state_dict(saved["agent"])
-    envs = make_envs(args, agent.sizes[:2], args.capture_video)
+    envs = VectorEnv(args.tasks, args.seed + 42, args.workers, args.capture_video, pad_to=agent.sizes[:2],
+                     goals=args.goals)
     seed = harness.derived_seed(args.seed, "evaluation", saved["env_step"])
     results, frames = evaluate(agent, envs, args.eval_episodes, seed, args.capture_video)
     envs.close()

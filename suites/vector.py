@@ -277,11 +277,11 @@ class VectorEnv:
     The seed of an environment depends on `seed` and its row alone: trajectories are the same whatever `workers` is.
 
     tasks: N task names. workers: number of worker processes, 0 steps in this one. render: make `render()` possible,
-    without workers only. make: `make(task, seed, render_mode=...)`, instead of `suites.make`; workers import it by its
-    name. pad_to: least O and A. rows: the row of each task in the whole run, by default 0 to N - 1, for processes that
+    which steps in this one as well. make: `make(task, seed, render_mode=...)`, instead of `suites.make`; workers import
+    it by its name. pad_to: least O and A. rows: the row of each task in the whole run, by default 0 to N - 1, for processes that
     share a run's tasks. goals: as for `suites.make`; "frozen" makes every environment with `seed` itself, as the
     authors do, and so with their goals.
-    Raises SuiteError where a task cannot be made. Every method raises EnvError where an environment or a worker
+    Raises SuiteError, before anything is made, for what is missing here or cannot be drawn. Every method raises EnvError where an environment or a worker
     fails; the vector environment is closed then.
     """
 
@@ -296,9 +296,11 @@ class VectorEnv:
         rows: Sequence[int] | None = None,
         goals: str = "fresh",
     ):
-        if render and workers:
-            raise ValueError("Frames are rendered in this process only: give workers=0 with render=True.")
-        self.tasks, self.num_envs = tuple(tasks), len(tasks)
+        self.tasks, self.num_envs, workers = tuple(tasks), len(tasks), 0 if render else workers
+        if make is None:
+            suites.check(self.tasks)
+            if render:
+                suites.check_rendering(self.tasks)
         self._rows = range(self.num_envs) if rows is None else rows
         seeds = [seed] * self.num_envs if goals == "frozen" else self._seeds(seed)
         options = {"render_mode": "rgb_array" if render else None} | ({} if goals == "fresh" else {"goals": goals})
