@@ -284,15 +284,13 @@ class Run:
         """Learns which evaluations metrics.csv holds, and cuts what a kill in the midst of one has left at its end."""
         path = self.dir / "metrics.csv"
         data = path.read_bytes() if path.exists() else b""
-        rows = data.splitlines(keepends=True)
         self.evaluated = set(map(int, re.findall(rb",mean,[^,\n]*,score,(\d+),[^,\n]*\n", data)))
-        begun = [] if self.saved_step in self.evaluated else [str(self.saved_step).encode()]
-        while rows and (not rows[-1].endswith(b"\n") or rows[-1].split(b",")[-2:-1] == begun):
-            rows.pop()
-        if rows:
-            os.truncate(path, len(b"".join(rows)))
-        else:
+        begun = -1 if self.saved_step is None or self.saved_step in self.evaluated else self.saved_step
+        whole = re.sub(rb"([^\n]*,%d,[^,\n]*\n)*[^\n]*\Z" % begun, b"", data, count=1)
+        if not whole:
             self.unwritten.append(("exp_name", "env_name", "seed", "metric", "env_step", "value"))
+        if len(whole) < len(data):
+            os.truncate(path, len(whole))
 
     def _append_csv(self) -> None:
         """Writes the rows of metrics.csv that wait to be written: all of them, or none until the next time."""
@@ -458,18 +456,15 @@ def load_replay(folder: Path, buffer: Any, state: dict) -> None:
     """Reads the kept rows into `buffer.rings`. Raises OSError or ValueError for a file that is short or damaged."""
     import torch
     for name, (ring, end, kept) in buffer.rings.items():
-        size = ring[0].nbytes
-        with open(folder / f"{name}.bin", "rb") as file:
-            for first, stop, checksum in state["replay"][name]:
-                if stop <= end - kept:
-                    continue
-                file.seek(first * size)
-                data = bytearray(file.read((stop - first) * size))
-                if zlib.crc32(data) != checksum:
-                    raise ValueError(f"rows {first} to {stop} of {file.name} fail their checksum")
-                rows = torch.frombuffer(data, dtype=ring.dtype).view(stop - first, *ring.shape[1:])
-                index = torch.arange(max(first, end - kept), stop)
-                ring[(index % len(ring)).to(ring.device)] = rows[index - first].to(ring.device)
+        row, path = ring[0].cpu().numpy(), folder / f"{name}.bin"
+        for first, stop, checksum in state["replay"][name]:
+            if stop > end - kept:
+                rows = np.fromfile(path, row.dtype, (stop - first) * row.size, offset=first * row.nbytes)
+                if zlib.crc32(rows) != checksum:
+                    raise ValueError(f"rows {first} to {stop} of {path} fail their checksum")
+                number = np.arange(max(first, end - kept), stop)
+                rows = torch.from_numpy(rows.reshape(-1, *row.shape)[number - first])
+                ring[torch.from_numpy(number % len(ring))] = rows.to(ring.device)
 
 
 def read_checkpoint(run_dir: Path, buffer: Any = None) -> dict:
