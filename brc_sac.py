@@ -10,6 +10,7 @@ SAC + two BroNet critics with categorical cross-entropy TD + learned task embedd
     python brc_sac.py --tasks walker-run reach hopper-hop   any mix of tasks; observations and actions are padded
     python brc_sac.py --suite demo --total-steps 300 --learning-starts 100 --eval-episodes 1     CPU smoke test
     python brc_sac.py --resume runs/<run>                   go on after a crash or a kill
+    torchrun --nproc-per-node 8 brc_sac.py --suite sh --width 8192     several GPUs: tasks and batch are dealt out
 
 Sections, in reading order:
     arguments           every hyper-parameter, with its source
@@ -31,6 +32,7 @@ import itertools
 import math
 import os
 import shutil
+from collections import ChainMap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,6 +192,8 @@ import torch  # noqa: E402
 import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
+
+import devices  # noqa: E402
 
 # -------------------------------------------------------------------------------------------------------- networks
 
@@ -470,7 +474,8 @@ class ReplayBuffer:
             self.last_obs[index[1]] = self.current_obs()[index[0]]
             self.end[(self.steps - 1) % len(self.rows), index[0]] = index[2].int()
         # The step whose end has the place that is the next to be taken is given up, and what is older.
-        self.oldest = max(self.oldest, self.steps - self.capacity, 1 + int(self.end_step[self.ends % len(self.last_obs)]))
+        taken = int(self.end_step[self.ends % len(self.last_obs)])
+        self.oldest = max(self.oldest, self.steps - self.capacity, 1 + taken)
         self.window.copy_(torch.tensor([self.oldest, self.steps - self.oldest]), non_blocking=True)
 
     def sample(self, batch_size: int) -> Batch:
@@ -583,6 +588,7 @@ class Agent:
             num_embeddings = num_tasks if num_tasks > 1 else 0
         self.sizes = obs_dim, act_dim, num_tasks, num_embeddings
         self.args, self.num_tasks, self.device = args, num_tasks, torch.device(device)
+        self.share = 1.0  # of all tasks, from which this rank's batches are
         self.target_entropy = -act_dim / 2
         with self.device:
             self.critic = Critic(args, obs_dim, act_dim, num_embeddings)
@@ -597,7 +603,7 @@ class Agent:
         fast = self.device.type == "cuda" and args.precision != "fp32"
         torch.set_float32_matmul_precision("high" if fast else "highest")
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-        self.critic_loss, self.actor_loss = (harness.compiled(loss) if args.compile else loss
+        self.critic_loss, self.actor_loss = (devices.compiled(loss) if args.compile else loss
                                              for loss in (critic_loss, actor_loss))
 
     def __str__(self) -> str:
@@ -618,7 +624,7 @@ class Agent:
         # 1-3: next action and target distribution, cross-entropy, critic and embedding step
         loss, critic_metrics = self.critic_loss(self.critic, self.target, self.actor, temperature, self.args.gamma,
                                                 batch, next_noise)
-        optimize(self.critic_optimizer, loss)
+        optimize(self.critic_optimizer, loss, self.share)
         # 4: target <- tau critic + (1 - tau) target
         with torch.no_grad():
             torch._foreach_lerp_(list(self.target.parameters()), list(self.critic.parameters()), self.args.tau)
@@ -626,10 +632,10 @@ class Agent:
         self.critic.requires_grad_(False)  # its weight gradients would be a seventh of all the work
         loss, log_prob, actor_metrics = self.actor_loss(self.critic, self.actor, temperature, batch, noise)
         self.critic.requires_grad_(True)
-        optimize(self.actor_optimizer, loss)
+        optimize(self.actor_optimizer, loss, self.share)
         # 6: temperature step with the entropy of step 5
         loss = temperature_loss(self.log_temperature, -log_prob.mean(), self.target_entropy)
-        optimize(self.temperature_optimizer, loss)
+        optimize(self.temperature_optimizer, loss, self.share)
         metrics = critic_metrics | actor_metrics | {"temperature": temperature, "temperature_loss": loss.detach()}
         return metrics, log_prob
 
@@ -655,9 +661,12 @@ class Agent:
         self.log_temperature.data.copy_(state["log_temperature"])
 
 
-def optimize(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+def optimize(optimizer: torch.optim.Optimizer, loss: Tensor, share: float) -> None:
+    """One step. Where the loss is the mean over a share of all tasks only, the ranks' gradients are added."""
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    (loss if share == 1 else share * loss).backward()
+    if share < 1:
+        devices.add([parameter.grad for group in optimizer.param_groups for parameter in group["params"]])
     optimizer.step()
 
 
@@ -718,16 +727,26 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
 
     Raises UsageError or SuiteError, before anything is created, and RunError for a run that cannot go on.
     """
-    num_tasks, device = len(args.tasks), harness.choose_device(args.device)
-    replay_device = harness.choose_device(args.replay_device or args.device)
+    rank, size = devices.join()  # of torchrun; 0 and 1 without
+    num_tasks, tasks, rows = len(args.tasks), args.tasks[rank::size], range(rank, len(args.tasks), size)
+    if size > num_tasks:
+        raise UsageError(f"torchrun has started {size} processes for {num_tasks} tasks: give it at most one per task.")
+    device = devices.choose_device(args.device)
+    replay_device = devices.choose_device(args.replay_device or args.device)
     run = harness.Run(args, start.arguments, **start.facts)
-    more = {"workers": args.workers, "pad_to": start.pad_to, "goals": args.goals}
-    envs = VectorEnv(args.tasks, args.seed, **more)
-    eval_envs = VectorEnv(args.tasks, args.seed + 42, render=args.capture_video, **more)  # the release's seeds
+    more = {"workers": args.workers, "pad_to": start.pad_to, "goals": args.goals, "rows": rows,
+            "agree": devices.largest}
+    envs = VectorEnv(tasks, args.seed, **more)
+    eval_envs = VectorEnv(tasks, args.seed + 42, render=args.capture_video, **more)  # the release's seeds
     torch.manual_seed(harness.derived_seed(args.seed, "networks"))
     agent = Agent(args, envs.obs_dim, envs.act_dim, num_tasks, start.num_embeddings, device)
-    normalizer = ReturnNormalizer(args, max(num_tasks, agent.sizes[-1]), envs.act_dim, device)
-    buffer = ReplayBuffer(num_tasks, envs.obs_dim, envs.act_dim, min(args.buffer_size, args.total_steps), replay_device)
+    agent.task_ids, agent.share = agent.task_ids[rank::size], len(tasks) / num_tasks
+    counts = [len(args.tasks[other::size]) for other in range(rank + 1)]
+    batch_size = (round(args.batch_size * sum(counts) / num_tasks)
+                  - round(args.batch_size * sum(counts[:-1]) / num_tasks))
+    normalizer = ReturnNormalizer(args, max(len(tasks), agent.sizes[-1]), envs.act_dim, device)
+    capacity = min(args.buffer_size, args.total_steps)
+    buffer = ReplayBuffer(len(tasks), envs.obs_dim, envs.act_dim, capacity, replay_device)
     print(f"{num_tasks} tasks, obs {envs.obs_dim}, act {envs.act_dim}, {args.total_steps:,} steps each\n"
           f"{device}, {torch.get_num_threads()} threads, {agent}; replay {buffer.nbytes / 1e9:.2f} GB when full, on "
           f"{replay_device}", flush=True)
@@ -736,22 +755,25 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
     run.open(buffer)
     replay = start.prepare(run, agent, normalizer, buffer)
     env_step = restore(run.state, agent, normalizer, buffer) if run.state else start.first_step  # of each task
+    if rank:
+        torch.manual_seed(harness.derived_seed(args.seed, f"rank {rank}", env_step))
 
     def updates() -> dict[str, Tensor]:
         """The gradient updates of one environment step. Never waits for the device."""
         for _ in range(args.updates_per_step):
-            batch = Batch(*(field.to(device, non_blocking=True) for field in replay.sample(args.batch_size)))
+            batch = Batch(*(field.to(device, non_blocking=True) for field in replay.sample(batch_size)))
             reward = normalizer.normalize(batch.reward, batch.task_id, agent.temperature)
-            next_noise, noise = torch.randn(2, args.batch_size, envs.act_dim, device=device)
-            metrics, log_prob = agent.update(batch._replace(reward=reward), next_noise, noise)
+            next_noise, noise = torch.randn(2, batch_size, envs.act_dim, device=device)
+            of_all = batch._replace(reward=reward, task_id=batch.task_id * size + rank)  # the task's number among all
+            metrics, log_prob = agent.update(of_all, next_noise, noise)
             normalizer.observe_entropy(log_prob, batch.task_id)
         return metrics
 
     if args.cuda_graph and device.type == "cuda" and device == replay_device:
-        updates = harness.as_cuda_graph(updates)
+        updates = devices.as_cuda_graph(updates)
 
     def save() -> None:
-        parts = {"agent": agent, "normalizer": normalizer, "buffer": buffer}
+        parts = {"normalizer": normalizer, "buffer": buffer} | ({} if rank else {"agent": agent})
         run.save(env_step, {name: part.state_dict() for name, part in parts.items()}, buffer)
 
     metrics, results = {}, []
@@ -761,23 +783,28 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
             # Checkpoint first: a run that dies while it evaluates comes back here, and evaluates.
             due = env_step % args.eval_interval == 0 or env_step in (start.first_step, args.total_steps)
             due &= env_step > 0 or start.acts
-            if due or env_step % args.checkpoint_interval == 0 or run.stop or run.asked:
+            stop, asked, done = devices.largest([run.stop, run.asked, env_step in run.evaluated])
+            if due or env_step % args.checkpoint_interval == 0 or stop or asked:
                 run.check_finite(metrics, env_step)  # never over the last good one
                 save()
-            if due and not run.stop and env_step not in run.evaluated:
+            if due and not stop and not done:
                 seed = harness.derived_seed(args.seed, "evaluation", env_step)
-                results, frames = evaluate(agent, eval_envs, args.eval_episodes, seed, args.capture_video,
-                                           lambda: run.stop)
-                if results:
-                    run.log_evaluation(results, frames, env_step, agent.critic.embed(agent.task_ids))
-            if run.stop or env_step >= args.total_steps:
+                parts = devices.gather(evaluate(agent, eval_envs, args.eval_episodes, seed, args.capture_video,
+                                              lambda: run.stop))
+                stop, = devices.largest([run.stop])
+                if all(part[0] for part in parts):
+                    results, frames = ([parts[i % size][k][i // size] for i in range(num_tasks)] for k in range(2))
+                    embedding = agent.critic.embed(torch.arange(num_tasks, device=device))
+                    run.log_evaluation(results, frames, env_step, embedding)
+            if stop or env_step >= args.total_steps:
+                run.stop = stop
                 break
 
             # act
             if env_step < args.learning_starts and not start.acts:
-                action = 2 * torch.rand(num_tasks, envs.act_dim, device=device) - 1
+                action = 2 * torch.rand(len(tasks), envs.act_dim, device=device) - 1
             else:
-                noise = torch.randn(num_tasks, envs.act_dim, device=device)
+                noise = torch.randn(len(tasks), envs.act_dim, device=device)
                 action = agent.act(torch.from_numpy(obs).to(device, non_blocking=True), noise)
             action = action.cpu().numpy()  # waits for the device: the simulators need the actions
             run.check_finite({"action": action}, env_step)
@@ -800,9 +827,10 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
             run.bar.update()
             if env_step % args.log_interval == 0 and metrics:
                 run.check_finite(metrics, env_step)
-                scales = zip(args.tasks, normalizer.denominator(agent.temperature).tolist())  # waits for the device
-                run.log({f"train/{name}": value.item() for name, value in metrics.items()}
-                        | {f"return_scale/{task}": scale for task, scale in scales}, env_step)
+                scales = zip(tasks, normalizer.denominator(agent.temperature).tolist())  # waits for the device
+                scalars = {f"return_scale/{task}": scale for task, scale in scales}
+                scalars |= {f"train/{name}": value.item() for name, value in metrics.items()}
+                run.log(ChainMap(*devices.gather(scalars)), env_step)  # of losses, the first rank's
     except EnvError as error:
         save()
         raise harness.RunError(f"{error}\nStopped at step {env_step:,}. To go on: {run.go_on}") from None
@@ -817,7 +845,8 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
 def raw_value(agent: Agent, normalizer: ReturnNormalizer, obs: np.ndarray) -> np.ndarray:
     """The critic's value [N] of observations [N, O] in raw reward units. Waits for the device, once per episode."""
     value = agent.value(torch.from_numpy(obs).to(agent.device))
-    return normalizer.denormalize(value, agent.task_ids, agent.temperature).cpu().numpy()
+    rows = torch.arange(len(obs), device=agent.device)
+    return normalizer.denormalize(value, rows, agent.temperature).cpu().numpy()
 
 
 def restore(state: dict, agent: Agent, normalizer: ReturnNormalizer, buffer: ReplayBuffer) -> int:
@@ -838,7 +867,7 @@ def evaluate_run(args: Args) -> list[dict]:
     """--evaluate: prints the table of tasks for a run's last checkpoint, with or without its replay."""
     saved, run_dir = harness.read_checkpoint(Path(args.evaluate)), Path(args.evaluate)
     args = dataclasses.replace(args, compile=False)
-    agent = Agent(args, *saved["agent"]["sizes"], harness.choose_device(args.device))
+    agent = Agent(args, *saved["agent"]["sizes"], devices.choose_device(args.device))
     agent.load_state_dict(saved["agent"])
     envs = VectorEnv(args.tasks, args.seed + 42, args.workers, args.capture_video, pad_to=agent.sizes[:2],
                      goals=args.goals)

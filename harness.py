@@ -34,14 +34,11 @@ import numpy as np
 from tqdm import tqdm
 
 import suites
+from suites.base import UsageError
 from suites.vector import EnvError
 
 PROGRAM = Path(sys.argv[0])  # the script that runs: an agent, a copy of it, or one that imports it
 FORMAT = 2  # of args.json and checkpoints
-
-
-class UsageError(ValueError):
-    """Arguments or files that cannot be used; its message is one sentence for the user."""
 
 
 class RunError(RuntimeError):
@@ -67,7 +64,7 @@ def exit_on_error(function: Callable, *args: Any) -> Any:
             setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, "backslashreplace", write_through=True))
     try:
         return function(*args)
-    except (UsageError, suites.SuiteError, RunError, EnvError) as error:
+    except (UsageError, RunError, EnvError) as error:
         print(f"{PROGRAM.name}: {error}", file=sys.stderr)
         raise SystemExit(1 if isinstance(error, RuntimeError) else 2) from None
     except (RuntimeError, MemoryError) as error:
@@ -104,6 +101,7 @@ def check_range(args: Any, low: float, high: float, *names: str) -> None:
 def parse_args(Args: type, resolve: Callable, description: str, may_change: tuple[str, ...] = MAY_CHANGE) -> Any:
     """The command line, resolved; with --resume or --evaluate, that run's arguments and what is given beside them."""
     import tyro
+
     args = tyro.cli(Args, description=description.split("\n\n")[0])
     evaluate = getattr(args, "evaluate", None)
     run_dir = args.resume or evaluate
@@ -137,59 +135,9 @@ def read_args(run_dir: Path, Args: type) -> tuple[Any, dict]:
                    if name in Args.__dataclass_fields__}), facts
 
 
-# ---------------------------------------------------------------------------------------- devices, seeds and speed
-
-
-def choose_device(name: str) -> Any:
-    """The torch device called `name`, made the current one. Raises UsageError if this machine does not have it."""
-    import torch
-    try:
-        device = torch.empty(0, device=("cpu", "cuda")[torch.cuda.is_available()] if name == "auto" else name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"Device '{name}' is not on this machine ({str(error).splitlines()[0]}): give cpu, cuda, "
-                         "cuda:N or auto.") from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # whose streams and graphs are meant
-    return device
-
-
 def derived_seed(seed: int, purpose: str, env_step: int = 0) -> int:
     """Independent seeds for every purpose and step, from the run's one seed."""
     return int(np.random.SeedSequence(seed, spawn_key=(*purpose.encode(), env_step)).generate_state(1)[0] >> 1)
-
-
-def compiled(function: Callable) -> Callable:
-    """`function`, compiled at its first call; what cannot be compiled runs as it is, with torch's warning."""
-    import torch
-    torch._dynamo.config.suppress_errors = True
-    # Compiles the backward at once too, where its failure is suppressed as well.
-    torch._functorch.config.force_non_lazy_backward_lowering = True
-    os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # to try the processor's instruction sets takes 8 s
-    return torch.compile(function)
-
-
-def as_cuda_graph(update: Callable[[], dict]) -> Callable[[], dict]:
-    """`update` as one launch in place of thousands: recorded at the fourth call, replayed ever after.
-
-    The first calls run eagerly, beside the main stream as capture asks for. What changes between calls has to lie in
-    tensors that stay in place or in torch's own generator: an optimiser that loads a state later is lost to the graph.
-    """
-    import torch
-    def calls() -> Iterator[dict]:
-        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        for _ in range(3):
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                metrics = update()
-            torch.cuda.current_stream().wait_stream(stream)
-            yield metrics
-        with torch.cuda.graph(graph, stream=stream):
-            metrics = update()
-        while True:
-            graph.replay()
-            yield metrics
-
-    return calls().__next__
 
 
 # ------------------------------------------------------------------------------------------------------------- run
@@ -205,7 +153,7 @@ class Run:
         """Creates nothing. `arguments` stand before --resume in the command that continues, `facts` in args.json."""
         self.args, self.arguments, self.facts = args, arguments, facts
         default = f"runs/{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        self.dir = Path(args.resume or args.run_dir or default)
+        self.dir = self.root = Path(args.resume or args.run_dir or default)
         if not args.resume:
             check_empty(self.dir)
         if args.track and find_spec("wandb") is None:
@@ -229,22 +177,42 @@ class Run:
     @property
     def go_on(self) -> str:
         """The command that continues this run."""
-        return shlex.join(["python", str(PROGRAM), *self.arguments.split(), "--resume", str(self.dir)])
+        return shlex.join(["python", str(PROGRAM), *self.arguments.split(), "--resume", str(self.root)])
 
     def open(self, buffer: Any) -> None:
-        """Claims the directory, with --resume reads the last checkpoint, writes args.json, starts the logs."""
-        self.dir, self.lock = claim(self.dir, self.args)
+        """Claims the directory, with --resume reads the last checkpoint, writes args.json, starts the logs.
+
+        Under torchrun every rank but the first has a directory of its own in it and logs nothing, and they agree on the
+        step of the checkpoint.
+        """
+        import devices
+
+        self.rank, size = rank, _ = devices.join()
+        self.dir, self.lock = (self.dir, None) if rank else claim(self.dir, self.args)
+        self.root = Path(devices.gather(str(self.dir))[0])
+        if rank:
+            self.dir, self.lock = claim(self.root / f"rank{rank}", self.args)
         if self.args.resume:
+            if size != (before := json.loads((self.root / "args.json").read_text())["ranks"]):
+                raise UsageError(f"{self.root} is a run of {before} processes and cannot go on with {size}: start it "
+                                 f"with torchrun --nproc-per-node {before}, or without torchrun for one.")
             self.state = read_checkpoint(self.dir, buffer, goes_on=True)
+            step = -devices.largest([-self.state.get("env_step", 0)])[0]
+            if step < self.state.get("env_step", 0):  # another rank has lost its newest
+                self.state = read_checkpoint(self.dir, buffer, goes_on=True, at=step)
+            if rank and self.state:  # which only the first rank writes
+                self.state["agent"] = read_checkpoint(self.root, at=step)["agent"]
             self.saved_step = self.state.get("env_step")
+        self.facts["ranks"] = size
         run_id = self._write_args()
         if self.args.track:
             import wandb
+
             wandb.init(project=os.environ.get("WANDB_PROJECT", "brc"), name=self.dir.name, id=run_id, resume="allow",
                        config=dataclasses.asdict(self.args), dir=str(self.dir), sync_tensorboard=True)
         print(f"{self.args.exp_name} in {self.dir}", flush=True)
         self.bar = tqdm(total=self.args.total_steps, initial=self.saved_step or 0, unit="step", dynamic_ncols=True,
-                        miniters=1, mininterval=0.5 if sys.stderr.isatty() else 15)
+                        miniters=1, mininterval=0.5 if sys.stderr.isatty() else 15, disable=rank > 0)
         with survives("metrics.csv"):
             self._read_csv()
         self._append_csv()
@@ -253,11 +221,13 @@ class Run:
     def tensorboard(self) -> Any:
         """The writer; a disk on which it cannot be made now is tried again the next time."""
         from torch.utils.tensorboard import SummaryWriter
+
         return SummaryWriter(str(self.dir / "tensorboard"), purge_step=self.saved_step + 1 if self.saved_step else None)
 
     def _write_args(self) -> str:
         """args.json: the arguments, what else a reader needs to repeat the run, every resume. Returns the run's id."""
         import torch
+
         git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
         gpu = torch.cuda.is_available() and self.args.device != "cpu"
@@ -310,6 +280,8 @@ class Run:
 
     def log_evaluation(self, results: list[dict], frames: list, env_step: int, embedding: Any) -> None:
         """A row per task and metric, last env_name=mean; a GIF per task; the task embeddings [N, D] or [N, 0]."""
+        if self.rank:
+            return
         means, scalars = suites.mean_result(results), {}
         for task, result in [*zip(self.args.tasks, results, strict=True), ("mean", means)]:
             for metric, value in result.items():
@@ -330,13 +302,15 @@ class Run:
 
     def log(self, scalars: dict[str, float], env_step: int) -> None:
         """Scalars, and the bar's own speed, for TensorBoard."""
-        with survives("TensorBoard's log"):
-            for name, value in (scalars | {"time/env_steps_per_second": self.bar.format_dict["rate"] or 0}).items():
-                self.tensorboard.add_scalar(name, value, env_step)
+        if self.rank == 0:
+            with survives("TensorBoard's log"):
+                for name, value in {"time/env_steps_per_second": self.bar.format_dict["rate"] or 0, **scalars}.items():
+                    self.tensorboard.add_scalar(name, value, env_step)
 
     def save(self, env_step: int, state: dict, buffer: Any) -> None:
         """A checkpoint of `state`, torch's random states and the replay's new rows; on failure warns, and goes on."""
         import torch
+
         self.asked = False
         if env_step == self.saved_step:
             return
@@ -357,8 +331,9 @@ class Run:
 
     def close(self) -> None:
         self.bar.close()
-        with survives("TensorBoard's log"):
-            self.tensorboard.close()
+        if "tensorboard" in vars(self):
+            with survives("TensorBoard's log"):
+                self.tensorboard.close()
 
     def finish(self, env_step: int, results: list[dict]) -> None:
         """The table of the last evaluation; after a signal, what is saved, and the exit code that says so."""
@@ -456,6 +431,7 @@ def append_replay(folder: Path, buffer: Any, state: dict) -> dict:
 def load_replay(folder: Path, buffer: Any, state: dict) -> None:
     """Reads the kept rows into `buffer.rings`. Raises OSError or ValueError for a file that is short or damaged."""
     import torch
+
     for name, (ring, end, kept) in buffer.rings.items():
         row, path = ring[0].cpu().numpy(), folder / f"{name}.bin"
         for first, stop, checksum in state["replay"][name]:
@@ -468,13 +444,14 @@ def load_replay(folder: Path, buffer: Any, state: dict) -> None:
                 ring[torch.from_numpy(number % len(ring))] = rows.to(ring.device)
 
 
-def read_checkpoint(run_dir: Path, buffer: Any = None, goes_on: bool = False) -> dict:
+def read_checkpoint(run_dir: Path, buffer: Any = None, goes_on: bool = False, at: int | None = None) -> dict:
     """The newest complete checkpoint of `run_dir`, and its replay into `buffer`; changes nothing in the directory.
 
     For a run that goes on, sets the random states, and puts the previous checkpoint in a damaged one's place; {} if
     there is none yet. Raises UsageError where there is no complete one.
     """
     import torch
+
     paths, failures = [run_dir / "checkpoint.pt", run_dir / "checkpoint.previous.pt"], []
     if goes_on and not any(path.exists() for path in paths):
         print(f"{run_dir} has no checkpoint yet: starting from the beginning.", file=sys.stderr)
@@ -487,6 +464,8 @@ def read_checkpoint(run_dir: Path, buffer: Any = None, goes_on: bool = False) ->
             state = torch.load(path, map_location="cpu", weights_only=True)
             if state.get("format") != FORMAT:
                 raise ValueError("it is of another version of this program")
+            if at is not None and state["env_step"] != at:
+                raise ValueError(f"it is of step {state['env_step']} and not of {at}")
             if buffer:
                 if not state["replay"]:
                     raise ValueError("it was saved without its replay, which --resume and transfer.py data need")

@@ -21,8 +21,12 @@ class Suite:
     transfer: tuple[str, ...] = ()
 
 
-class SuiteError(ValueError):
-    """A task or suite that cannot be used; its message is one sentence for the user."""
+class UsageError(ValueError):
+    """Input that cannot be used; its message is one sentence for the user."""
+
+
+class SuiteError(UsageError):
+    """A task or suite that cannot be used."""
 
 
 def table(text: str) -> dict[str, tuple[float, float]]:

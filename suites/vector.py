@@ -279,7 +279,7 @@ class VectorEnv:
     tasks: N task names. workers: number of worker processes, 0 steps in this one. render: make `render()` possible,
     which steps in this one as well. make: `make(task, seed, render_mode=...)`, instead of `suites.make`; workers import
     it by its name. pad_to: least O and A. rows: the row of each task in the whole run, by default 0 to N - 1, for processes that
-    share a run's tasks. goals: as for `suites.make`; "frozen" makes every environment with `seed` itself, as the
+    share a run's tasks, and agree: what makes O and A the same in all of them. goals: as for `suites.make`; "frozen" makes every environment with `seed` itself, as the
     authors do, and so with their goals.
     Raises SuiteError, before anything is made, for what is missing here or cannot be drawn. Every method raises EnvError where an environment or a worker
     fails; the vector environment is closed then.
@@ -295,6 +295,7 @@ class VectorEnv:
         pad_to: tuple[int, int] = (0, 0),
         rows: Sequence[int] | None = None,
         goals: str = "fresh",
+        agree: Callable[[list[int]], list[int]] = list,
     ):
         self.tasks, self.num_envs, workers = tuple(tasks), len(tasks), 0 if render else workers
         if make is None:
@@ -315,7 +316,7 @@ class VectorEnv:
             for own, result in zip(owned, self._call("dims"), strict=True):
                 dims[own] = result
             self.obs_dims, self.act_dims = dims.T
-            self.obs_dim, self.act_dim = np.maximum(dims.max(axis=0), pad_to).tolist()
+            self.obs_dim, self.act_dim = agree(np.maximum(dims.max(axis=0), pad_to).tolist())
 
             dtype = _row_dtype(self.obs_dim, self.act_dim)
             size = self.num_envs * dtype.itemsize
