@@ -177,7 +177,9 @@ class Run:
     @property
     def go_on(self) -> str:
         """The command that continues this run."""
-        return shlex.join(["python", str(PROGRAM), *self.arguments.split(), "--resume", str(self.root)])
+        size = os.environ.get("WORLD_SIZE", "1")
+        launcher = ["python"] if size == "1" else ["torchrun", "--nproc-per-node", size]
+        return shlex.join([*launcher, str(PROGRAM), *self.arguments.split(), "--resume", str(self.root)])
 
     def open(self, buffer: Any) -> None:
         """Claims the directory, with --resume reads the last checkpoint, writes args.json, starts the logs.
