@@ -25,6 +25,7 @@ Shapes: B batch, K atoms, N tasks, A actions, C channels, D embedding, H width.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable
@@ -66,8 +67,7 @@ class Args:
     track: bool = False
     """Also log to Weights & Biases (pip install wandb), project brc or $WANDB_PROJECT."""
     capture_video: bool = False
-    """Record the first evaluation episode of every task as a GIF of what the agent sees, in <run dir>/videos and in
-    TensorBoard."""
+    """Record the first evaluation episode of every task as a GIF, in <run dir>/videos and in TensorBoard."""
     eval_interval: int = 10_000
     """Environment steps per task between evaluations; the last step is evaluated too."""
     eval_episodes: int | None = None
@@ -96,6 +96,8 @@ class Args:
     """Width H of the two dense layers after the encoder, in units (paper)."""
     embedding_dim: int = 32
     """Numbers per task embedding (paper)."""
+    embedding_norm: Literal["l1", "l2"] = "l1"
+    """Norm that is 1 in every task embedding (paper, C.4; the release of SAC has l2)."""
     num_atoms: int = 101
     """Atoms K of the categorical value (paper)."""
     v_max: float = 10.0
@@ -131,7 +133,7 @@ class Args:
     clip_rewards: bool = True
     """Learn from rewards clipped to [-1, 1] (DrQ-eps); scores are of raw rewards."""
     shift_pad: int = 4
-    """Largest random shift of the augmentation in pixels (paper)."""
+    """Random shift of the augmentation in pixels (paper): -shift_pad to shift_pad - 1, as DrQ-eps's code draws it."""
     intensity: float = 0.05
     """Scale of the augmentation's random brightness (DrQ-eps)."""
 
@@ -172,6 +174,9 @@ def resolve(args: Args) -> Args:
     harness.check_range(args, 0, 1, "tau", "epsilon", "eval_epsilon")
     harness.check_range(args, 0, 83, "shift_pad")
     harness.check_range(args, 0, 0.5, "intensity")
+    if args.total_steps <= args.learning_starts and not args.evaluate:
+        raise UsageError(f"With --total-steps {args.total_steps} and --learning-starts {args.learning_starts} nothing "
+                         "would be learned: give more steps, or a smaller --learning-starts.")
     return args
 
 
@@ -242,15 +247,16 @@ class Encoder(nn.Module):
 
 
 class TaskEmbedding(nn.Module):
-    """One learned vector per task, of unit L1 norm (paper, section 3)."""
+    """One learned vector per task, scaled to unit L1 norm (paper, appendix C.4) or unit L2 norm."""
 
-    def __init__(self, num_tasks: int, dim: int):
+    def __init__(self, num_tasks: int, dim: int, norm: str):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(num_tasks, dim) / dim**0.5)
+        self.order = {"l1": 1, "l2": 2}[norm]
 
     def forward(self, task_id: Tensor) -> Tensor:
         weight = self.weight[task_id]
-        return weight / torch.linalg.vector_norm(weight, ord=1, dim=-1, keepdim=True)  # [B, D]
+        return weight / torch.linalg.vector_norm(weight, ord=self.order, dim=-1, keepdim=True)  # [B, D]
 
 
 class Critic(nn.Module):
@@ -259,10 +265,11 @@ class Critic(nn.Module):
     def __init__(self, args: Args, num_embeddings: int):
         """num_embeddings: one per task; 0 in single-task mode (paper)."""
         super().__init__()
-        self.embedding = TaskEmbedding(num_embeddings, args.embedding_dim) if num_embeddings else None
+        rows = num_embeddings
+        self.embedding = TaskEmbedding(rows, args.embedding_dim, args.embedding_norm) if rows else None
         self.encoder = Encoder(tuple(max(1, round(args.encoder_scale * channels)) for channels in (128, 256, 256)))
         self.norm = layer_norm(self.encoder.out_features)
-        in_features = self.encoder.out_features + (args.embedding_dim if num_embeddings else 0)
+        in_features = self.encoder.out_features + (args.embedding_dim if rows else 0)
         self.dense1, self.dense2 = Dense(in_features, args.hidden_width), Dense(args.hidden_width, args.hidden_width)
         self.logits = Dense(args.hidden_width, ACTIONS * args.num_atoms)
         self.register_buffer("atoms", torch.linspace(-args.v_max, args.v_max, args.num_atoms), persistent=False)  # [K]
@@ -286,12 +293,12 @@ class Critic(nn.Module):
 
 
 class ReturnNormalizer:
-    """Scales the rewards of each task so that its returns fit the critic's support (paper, section 3 and Eq. 4).
+    """Scales the rewards of each task so that its returns fit the critic's support (paper, appendix C.2, Eq. 2-4).
 
     r_normalised = r v_max / G_i, where G_i is the largest |Monte-Carlo return| seen from any state of task i's finished
-    episodes; there is no share of an entropy bonus. Before a task's first finished episode its G_i is infinite and its
-    rewards are 0. Rewards and episodes are the learner's: clipped, and ended by a lost life. A truncated episode's
-    return bootstraps with the critic's value of its last state.
+    episodes; there is no share of an entropy bonus. Before a task's first finished episode with a reward its G_i is
+    infinite and its rewards are 0. Rewards and episodes are the learner's: clipped, and ended by a lost life. A
+    truncated episode's return bootstraps with the critic's value of its last state.
     """
 
     def __init__(self, args: Args, num_tasks: int, device: str | torch.device = "cpu"):
@@ -337,16 +344,15 @@ class ReturnNormalizer:
         self.episode_rewards = state["episode_rewards"]
 
     def denominator(self) -> Tensor:
-        """G_i [N], in raw reward units; infinite before the first finished episode."""
-        # Above 0, so that a task whose rewards were all 0 so far stays 0 and does not become 0 / 0.
-        return self.return_scale.clamp(min=1e-8)
+        """G_i [N], in raw reward units; infinite before the first finished episode with a reward."""
+        return torch.where(self.return_scale > 0, self.return_scale, torch.inf)
 
     def normalize(self, reward: Tensor, task_id: Tensor) -> Tensor:
         """Raw rewards [B] of tasks [B] in units of the critic's support."""
         return reward / (self.denominator() / self.v_max)[task_id]
 
     def denormalize(self, value: Tensor, task_id: Tensor) -> Tensor:
-        """The critic's values [B] of tasks [B] in raw reward units; 0 before a task's first finished episode."""
+        """The critic's values [B] of tasks [B] in raw reward units; 0 as long as its scale is infinite."""
         scale = self.denominator()[task_id] / self.v_max
         return torch.where(scale.isfinite(), value * scale, 0.0)
 
@@ -515,7 +521,8 @@ def random_shift(obs: Tensor, shift: Tensor) -> Tensor:
 
 def augment(obs: Tensor, args: Args) -> Tensor:
     """DrQ-eps's augmentation of obs [B, 4, 84, 84] in uint8: a random shift and a random intensity of each sample."""
-    shift = torch.randint(-args.shift_pad, args.shift_pad + 1, (len(obs), 2), device=obs.device)
+    # Dopamine's randint(0, 2 pad) leaves out the last of the crops; 0 pixels are no shift.
+    shift = torch.randint(-args.shift_pad, max(1, args.shift_pad), (len(obs), 2), device=obs.device)
     intensity = 1 + args.intensity * torch.randn(len(obs), device=obs.device).clamp(-2, 2)
     return to_float(random_shift(obs, shift)) * intensity[:, None, None, None]
 
@@ -714,17 +721,16 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
     for a run that cannot go on.
     """
     num_tasks, device = len(args.tasks), harness.choose_device(args.device)
-    replay_device = choose_replay_device(args, device)
     run = harness.Run(args, start.arguments, **start.facts)
     envs, eval_envs = make_envs(args), make_envs(args, copies=args.eval_episodes)
     torch.manual_seed(harness.derived_seed(args.seed, "networks"))
     agent = Agent(args, num_tasks, start.num_embeddings, device)
     normalizer = ReturnNormalizer(args, max(num_tasks, agent.sizes[-1]), device)
-    buffer = make_buffer(args, replay_device)
+    buffer = make_buffer(args, device)
     print(f"{num_tasks} games, {args.total_steps:,} steps each, encoder scale {args.encoder_scale:g}, "
           f"{args.updates_per_step} updates per step of batches of {args.batch_size}\n"
           f"{device}, {torch.get_num_threads()} threads, {agent}; replay {buffer.nbytes / 1e9:.2f} GB when full, on "
-          f"{replay_device}", flush=True)
+          f"{buffer.device}", flush=True)
     if device.type == "cpu" and args.encoder_scale > 0.25:
         print("This is a size for a GPU. For results in minutes on a CPU: --tasks Pong Breakout --encoder-scale 0.125 "
               "--total-steps 3000", flush=True)
@@ -767,7 +773,8 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
             # act
             epsilon = args.epsilon if start.acts else exploration(args, env_step)
             action = agent.act(send(obs, device), agent.task_ids, epsilon)
-            learning = env_step >= args.learning_starts
+            # a pretrained critic would unlearn from the rewards of 0 before the first episode has given a return scale
+            learning = env_step >= args.learning_starts and not (start.acts and np.isinf(normalizer.return_max).any())
             batch = sample() if learning else None  # from host memory while the device is busy with the last updates
             action = action.cpu().numpy()  # waits for the device: the games need the actions
             # step, and update while the games step: the newest transition is sampled a step later
@@ -802,19 +809,16 @@ def make_envs(args: Args, pad_to: tuple[int, ...] = (), copies: int = 1) -> Game
     return Games([task for task in args.tasks for _ in range(copies)], args.max_frames)
 
 
-def make_buffer(args: Args, device: str | torch.device) -> ReplayBuffer:
-    """The run's replay buffer; on the device `meta` it takes no memory, and tells its size all the same."""
-    return ReplayBuffer(len(args.tasks), min(args.buffer_size, args.total_steps), args.gamma, args.n_step, device)
-
-
-def choose_replay_device(args: Args, device: torch.device) -> torch.device:
-    """--replay-device, or the training device if its free memory is enough for the replay and the update, or cpu."""
+def make_buffer(args: Args, device: torch.device) -> ReplayBuffer:
+    """The replay on --replay-device, or on the training device if its free memory is enough, or else on the cpu."""
+    capacity = min(args.buffer_size, args.total_steps)
+    make = functools.partial(ReplayBuffer, len(args.tasks), capacity, args.gamma, args.n_step)
     if args.replay_device or device.type == "cpu":
-        return harness.choose_device(args.replay_device or "cpu")
+        return make(harness.choose_device(args.replay_device or "cpu"))
     # Networks, optimiser and the activations of an update, estimated: 16 GB at the paper's size, in float32.
     update = 16e9 * args.encoder_scale * args.batch_size / 256
     free, _ = torch.cuda.mem_get_info(device)
-    return device if make_buffer(args, "meta").nbytes + update < free else torch.device("cpu")
+    return make(device if make("meta").nbytes + update < free else "cpu")
 
 
 def raw_value(agent: Agent, normalizer: ReturnNormalizer, obs: np.ndarray) -> np.ndarray:
