@@ -5,9 +5,9 @@ DrQ-eps (Agarwal et al. 2021) + an Impala encoder with categorical cross-entropy
 return normalisation. The authors did not release this agent; README.md lists what the paper leaves open.
 
     python brc_drq.py --suite atari                         26 games of Atari-100k as in the paper (one GPU)
-    python brc_drq.py --tasks Pong                          single-task mode: no task embedding
+    python brc_drq.py --tasks Pong                          single-task mode: batch 64, no task embedding
     python brc_drq.py --tasks Pong Breakout Freeway         any games
-    python brc_drq.py --tasks Pong Breakout --encoder-scale 0.125 --total-steps 3000     on a CPU, minutes
+    python brc_drq.py --tasks Pong Breakout --small --total-steps 3000      on a laptop's CPU, minutes
     python brc_drq.py --resume runs/<run>                   go on after a crash or a kill
 
 Sections, in reading order:
@@ -55,6 +55,8 @@ class Args:
     """Seed of networks, exploration and environments."""
     total_steps: int | None = None
     """Environment steps per task, of four frames each; default 100,000 (Atari-100k)."""
+    small: bool = False
+    """Sizes for a laptop's CPU: an eighth of the encoder's channels, batch and updates of DrQ-eps, few episodes."""
 
     run_dir: str | None = None
     """Where to write; default runs/<exp>__<seed>__<time>."""
@@ -71,7 +73,9 @@ class Args:
     eval_interval: int = 10_000
     """Environment steps per task between evaluations; the last step is evaluated too."""
     eval_episodes: int | None = None
-    """Evaluation episodes per task; default 10, at an encoder scale of a quarter or less 3."""
+    """Evaluation episodes per task; default 10, with --small 3."""
+    final_eval_episodes: int | None = None
+    """The same at the last step; default 100 (DrQ-eps), with --small 3."""
     eval_epsilon: float = 0.001
     """Share of random actions in evaluation (DrQ-eps)."""
     log_interval: int = 500
@@ -90,8 +94,8 @@ class Args:
     compile: bool = False
     """torch.compile the loss."""
 
-    encoder_scale: float = 1.0
-    """Factor on the encoder's channels 128, 256, 256 (paper: 1)."""
+    encoder_scale: float | None = None
+    """Factor on the encoder's channels 128, 256, 256; default 1 (paper), with --small 0.125."""
     hidden_width: int = 512
     """Width H of the two dense layers after the encoder, in units (paper)."""
     embedding_dim: int = 32
@@ -103,11 +107,10 @@ class Args:
     v_max: float = 10.0
     """Support [-v_max, v_max] of the normalised value (paper)."""
     updates_per_step: int | None = None
-    """Gradient updates per environment step of all tasks in parallel; default 2 (paper), at an encoder scale of a
-    quarter or less, which is for a CPU, 1 (DrQ-eps)."""
+    """Gradient updates per environment step of all tasks in parallel; default 2 (paper), with --small 1 (DrQ-eps)."""
     batch_size: int | None = None
-    """Transitions per update over all tasks; default 256 (paper), at an encoder scale of a quarter or less 32
-    (DrQ-eps)."""
+    """Transitions per update over all tasks; default 256 multi-task (paper, Table 4), 64 single-task (a quarter of it:
+    section 4), with --small 32 (DrQ-eps). Four times DrQ-eps's own 32, as section 4 has it, would be 128, not 256."""
     learning_starts: int = 1600
     """Random environment steps per task before the first update (DrQ-eps)."""
     buffer_size: int = 100_000
@@ -138,8 +141,8 @@ class Args:
     """Scale of the augmentation's random brightness (DrQ-eps)."""
 
 
-# For a CPU: DrQ-eps's own batch and updates, a sixteenth of the work, and evaluations to match.
-SMALL = dict(batch_size=32, updates_per_step=1, eval_episodes=3)
+# What --small sets where it is not given: what a laptop's CPU can do in minutes; measured in benchmarks/README.md.
+SMALL = dict(encoder_scale=0.125, batch_size=32, updates_per_step=1, eval_episodes=3, final_eval_episodes=3)
 
 
 def resolve(args: Args) -> Args:
@@ -155,15 +158,15 @@ def resolve(args: Args) -> Args:
     if args.tasks:
         label = "-".join(tasks) if len(tasks) <= 3 else f"{len(tasks)}tasks"
     defaults = {
-        "batch_size": 256, "updates_per_step": 2, "eval_episodes": 10,
-        "total_steps": suites.SUITES["atari"].steps,
+        "encoder_scale": 1.0, "batch_size": 256 if len(tasks) > 1 else 64, "updates_per_step": 2, "eval_episodes": 10,
+        "final_eval_episodes": 100, "total_steps": suites.SUITES["atari"].steps,
         "exp_name": f"{harness.PROGRAM.stem}-{label}",
-    } | (SMALL if args.encoder_scale <= 0.25 else {})
+    } | (SMALL if args.small else {})
     args = harness.fill(dataclasses.replace(args, tasks=tasks), **defaults)
     args = harness.fill(args, checkpoint_interval=max(1, args.total_steps // 20))
-    harness.check_range(args, 1, math.inf, "total_steps", "eval_interval", "eval_episodes", "log_interval",
-                        "checkpoint_interval", "updates_per_step", "batch_size", "n_step", "hidden_width",
-                        "embedding_dim", "epsilon_decay_steps", "max_frames")
+    harness.check_range(args, 1, math.inf, "total_steps", "eval_interval", "eval_episodes", "final_eval_episodes",
+                        "log_interval", "checkpoint_interval", "updates_per_step", "batch_size", "n_step",
+                        "hidden_width", "embedding_dim", "epsilon_decay_steps", "max_frames")
     # An n-step return is complete n steps later, so there is nothing to learn from before.
     harness.check_range(args, args.n_step, math.inf, "learning_starts", "buffer_size")
     harness.check_range(args, 0, math.inf, "seed", "weight_decay")
@@ -660,6 +663,9 @@ def exploration(args: Args, env_step: int) -> float:
 # ------------------------------------------------------------------------------------------------------ evaluation
 
 
+COPIES = 10  # of every game that evaluation plays at once, at most
+
+
 def evaluate(agent: Agent, envs: Games, episodes: int, seed: int, video: bool = False,
              stop: Callable[[], object] = lambda: None) -> tuple[list[dict], list]:
     """Plays exactly `episodes` games of every task to their ends, greedily but for `eval_epsilon`.
@@ -722,17 +728,18 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
     """
     num_tasks, device = len(args.tasks), harness.choose_device(args.device)
     run = harness.Run(args, start.arguments, **start.facts)
-    envs, eval_envs = make_envs(args), make_envs(args, copies=args.eval_episodes)
+    envs, eval_envs = make_envs(args), make_envs(args, copies=min(COPIES, args.eval_episodes))
     torch.manual_seed(harness.derived_seed(args.seed, "networks"))
     agent = Agent(args, num_tasks, start.num_embeddings, device)
     normalizer = ReturnNormalizer(args, max(num_tasks, agent.sizes[-1]), device)
     buffer = make_buffer(args, device)
-    print(f"{num_tasks} games, {args.total_steps:,} steps each, encoder scale {args.encoder_scale:g}, "
-          f"{args.updates_per_step} updates per step of batches of {args.batch_size}\n"
+    print(f"{num_tasks} games, {args.total_steps:,} steps each; encoder scale {args.encoder_scale:g}, updates per step "
+          f"{args.updates_per_step}, batch {args.batch_size}, evaluation episodes {args.eval_episodes}, at last "
+          f"{args.final_eval_episodes}{' (--small)' * args.small}\n"
           f"{device}, {torch.get_num_threads()} threads, {agent}; replay {buffer.nbytes / 1e9:.2f} GB when full, on "
           f"{buffer.device}", flush=True)
     if device.type == "cpu" and args.encoder_scale > 0.25:
-        print("This is a size for a GPU. For results in minutes on a CPU: --tasks Pong Breakout --encoder-scale 0.125 "
+        print("This is a size for a GPU. For results in minutes on a CPU: --tasks Pong Breakout --small "
               "--total-steps 3000", flush=True)
     run.open(buffer)
     replay = start.prepare(run, agent, normalizer, buffer)
@@ -763,8 +770,8 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
                 run.save(env_step, state(agent, normalizer, buffer), buffer)
             if due and not run.stop and env_step not in run.evaluated:
                 seed = harness.derived_seed(args.seed, "evaluation", env_step)
-                results, frames = evaluate(agent, eval_envs, args.eval_episodes, seed, args.capture_video,
-                                           lambda: run.stop)
+                episodes = args.eval_episodes if env_step < args.total_steps else args.final_eval_episodes
+                results, frames = evaluate(agent, eval_envs, episodes, seed, args.capture_video, lambda: run.stop)
                 if results:
                     run.log_evaluation(results, frames, env_step, agent.critic.embed(agent.task_ids))
             if run.stop or env_step >= args.total_steps:
@@ -852,7 +859,7 @@ def evaluate_run(args: Args) -> list[dict]:
     args = dataclasses.replace(args, compile=False)
     agent = Agent(args, *saved["agent"]["sizes"], harness.choose_device(args.device))
     agent.load_state_dict(saved["agent"])
-    envs = make_envs(args, copies=args.eval_episodes)
+    envs = make_envs(args, copies=min(COPIES, args.eval_episodes))
     seed = harness.derived_seed(args.seed, "evaluation", saved["env_step"])
     results, frames = evaluate(agent, envs, args.eval_episodes, seed, args.capture_video)
     envs.close()
