@@ -2,11 +2,10 @@
 
 "Bigger, Regularized, Categorical: High-Capacity Value Functions are Efficient Multi-Task Learners", arXiv 2505.23150.
 DrQ-eps (Agarwal et al. 2021) + an Impala encoder with categorical cross-entropy TD + learned task embeddings + per-task
-return normalisation. The authors did not release this agent; README.md lists what the paper leaves open.
+return normalisation. The authors did not release this agent; docs/choices.md lists what the paper leaves open.
 
     python brc_drq.py --suite atari                         26 games of Atari-100k as in the paper (one GPU)
     python brc_drq.py --tasks Pong                          single-task mode: batch 64, no task embedding
-    python brc_drq.py --tasks Pong Breakout Freeway         any games
     python brc_drq.py --tasks Pong Breakout --small --total-steps 3000      on a laptop's CPU, minutes
     python brc_drq.py --resume runs/<run>                   go on after a crash or a kill
 
@@ -25,8 +24,6 @@ Shapes: B batch, K atoms, N tasks, A actions, C channels, D embedding, H width.
 """
 
 import dataclasses
-import functools
-import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -75,7 +72,7 @@ class Args:
     eval_episodes: int | None = None
     """Evaluation episodes per task; default 10, with --small 3."""
     final_eval_episodes: int | None = None
-    """The same at the last step; default 100 (DrQ-eps), with --small 3."""
+    """The same at the last step; default --eval-episodes where that is given, else 100 (DrQ-eps), with --small 3."""
     eval_epsilon: float = 0.001
     """Share of random actions in evaluation (DrQ-eps)."""
     log_interval: int = 500
@@ -109,8 +106,7 @@ class Args:
     updates_per_step: int | None = None
     """Gradient updates per environment step of all tasks in parallel; default 2 (paper), with --small 1 (DrQ-eps)."""
     batch_size: int | None = None
-    """Transitions per update over all tasks; default 256 multi-task (paper, Table 4), 64 single-task (a quarter of it:
-    section 4), with --small 32 (DrQ-eps). Four times DrQ-eps's own 32, as section 4 has it, would be 128, not 256."""
+    """Transitions per update over all tasks; default 256 multi-task (paper), 64 single-task (section 4), with --small 32 (DrQ-eps)."""
     learning_starts: int = 1600
     """Random environment steps per task before the first update (DrQ-eps)."""
     buffer_size: int = 100_000
@@ -142,7 +138,7 @@ class Args:
 
 
 # What --small sets where it is not given: what a laptop's CPU can do in minutes; measured in benchmarks/README.md.
-SMALL = dict(encoder_scale=0.125, batch_size=32, updates_per_step=1, eval_episodes=3, final_eval_episodes=3)
+SMALL = dict(encoder_scale=0.125, batch_size=32, updates_per_step=1, eval_episodes=3)
 
 
 def resolve(args: Args) -> Args:
@@ -159,8 +155,8 @@ def resolve(args: Args) -> Args:
         label = "-".join(tasks) if len(tasks) <= 3 else f"{len(tasks)}tasks"
     defaults = {
         "encoder_scale": 1.0, "batch_size": 256 if len(tasks) > 1 else 64, "updates_per_step": 2, "eval_episodes": 10,
-        "final_eval_episodes": 100, "total_steps": suites.SUITES["atari"].steps,
-        "exp_name": f"{harness.PROGRAM.stem}-{label}",
+        "final_eval_episodes": args.eval_episodes or (3 if args.small else 100),
+        "total_steps": suites.SUITES["atari"].steps, "exp_name": f"{harness.PROGRAM.stem}-{label}",
     } | (SMALL if args.small else {})
     args = harness.fill(dataclasses.replace(args, tasks=tasks), **defaults)
     args = harness.fill(args, checkpoint_interval=max(1, args.total_steps // 20))
@@ -174,9 +170,8 @@ def resolve(args: Args) -> Args:
     harness.check_range(args, 1e-12, 1e6, "learning_rate", "adam_eps", "v_max")
     harness.check_range(args, 1 / 128, 64, "encoder_scale")
     harness.check_range(args, 0, 0.99999, "gamma")
-    harness.check_range(args, 0, 1, "tau", "epsilon", "eval_epsilon")
+    harness.check_range(args, 0, 1, "tau", "epsilon", "eval_epsilon", "intensity")
     harness.check_range(args, 0, 83, "shift_pad")
-    harness.check_range(args, 0, 0.5, "intensity")
     if args.total_steps <= args.learning_starts and not args.evaluate:
         raise UsageError(f"With --total-steps {args.total_steps} and --learning-starts {args.learning_starts} nothing "
                          "would be learned: give more steps, or a smaller --learning-starts.")
@@ -422,8 +417,7 @@ class ReplayBuffer:
             truncated: np.ndarray, life_lost: np.ndarray, next_obs: np.ndarray) -> None:
         """Stores one step of every task: [N, 4, 84, 84], five [N], [N, 4, 84, 84]; next_obs is never a reset's."""
         row, age = self.steps % len(self.rows), np.minimum(self.episode_steps, STACK - 1)
-        values = np.stack([action, reward, terminated | life_lost, age], axis=1, dtype=np.float32)
-        self.rows[row] = send(values, self.device)
+        self.rows[row] = send(np.stack([action, reward, terminated | life_lost, age], 1, dtype=np.float32), self.device)
         self.frames[row] = send(obs[:, -1], self.device)
         self.end[row].zero_()
         self.steps += 1
@@ -448,8 +442,8 @@ class ReplayBuffer:
             self.last_frame[index[1]] = self.frames[self.steps % len(self.rows), index[0]]
             self.end[(self.steps - 1) % len(self.rows), index[0]] = index[2].int()
         # Where `last_frame` is full, the steps up to the oldest end in it are given up.
-        full = int(self.end_step[self.ends % len(self.end_step)]) + 1
-        self.oldest = max(self.oldest, self.steps - self.capacity, full)
+        full_since = int(self.end_step[self.ends % len(self.end_step)])
+        self.oldest = max(self.oldest, self.steps - self.capacity, full_since + 1)
         incomplete = np.minimum(self.episode_steps, self.n_step - 1)  # the newest steps' n-step returns are
         size = self.steps - self.oldest - incomplete
         self.window.copy_(send(np.stack([np.full_like(size, self.oldest), size]), self.device))
@@ -497,9 +491,9 @@ class ReplayBuffer:
     def state_dict(self) -> dict:
         """All but the rings, and their newest and current rows."""
         newest = torch.arange(self.steps - 1, self.steps + 1) % len(self.rows)
-        counters = {"steps": self.steps, "oldest": self.oldest, "ends": self.ends}
-        return counters | {"episode_steps": torch.from_numpy(self.episode_steps)} | {
-            name: getattr(self, name)[newest].cpu() for name in ("frames", "rows", "end")}
+        return {"steps": self.steps, "oldest": self.oldest, "ends": self.ends, "frames": self.frames[newest].cpu(),
+                "rows": self.rows[newest].cpu(), "end": self.end[newest].cpu(),
+                "episode_steps": torch.from_numpy(self.episode_steps)}
 
     def load_state_dict(self, state: dict) -> None:
         """Before the rings are loaded. The capacity may have changed."""
@@ -524,15 +518,9 @@ def random_shift(obs: Tensor, shift: Tensor) -> Tensor:
 
 def augment(obs: Tensor, args: Args) -> Tensor:
     """DrQ-eps's augmentation of obs [B, 4, 84, 84] in uint8: a random shift and a random intensity of each sample."""
-    # Dopamine's randint(0, 2 pad) leaves out the last of the crops; 0 pixels are no shift.
     shift = torch.randint(-args.shift_pad, max(1, args.shift_pad), (len(obs), 2), device=obs.device)
     intensity = 1 + args.intensity * torch.randn(len(obs), device=obs.device).clamp(-2, 2)
-    return to_float(random_shift(obs, shift)) * intensity[:, None, None, None]
-
-
-def to_float(obs: Tensor) -> Tensor:
-    """Observations in uint8 as the networks take them, from 0 to 1."""
-    return obs.float() / 255
+    return random_shift(obs, shift).float() / 255 * intensity[:, None, None, None]
 
 
 def project_categorical(probs: Tensor, positions: Tensor, atoms: Tensor) -> Tensor:
@@ -551,11 +539,6 @@ def project_categorical(probs: Tensor, positions: Tensor, atoms: Tensor) -> Tens
     return projected.scatter_add_(-1, lower + 1, upper_mass)  # [B, K]
 
 
-def target_positions(batch: Batch, atoms: Tensor) -> Tensor:
-    """Where the atoms of the next state's value move to [B, K]: the n-step reward + gamma^n (1 - terminated) z."""
-    return batch.reward.unsqueeze(-1) + batch.discount.unsqueeze(-1) * atoms
-
-
 def critic_loss(critic: Critic, target: Critic, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy between the critic's logits and the projected target, and what to log."""
     embedding, sample = critic.embed(batch.task_id), torch.arange(len(batch.action), device=batch.action.device)
@@ -563,7 +546,7 @@ def critic_loss(critic: Critic, target: Critic, batch: Batch) -> tuple[Tensor, d
         next_action = critic.q_values(critic(batch.next_obs, embedding)).argmax(-1)  # [B]: the critic chooses ...
         target_logits = target(batch.next_obs, target.embed(batch.task_id))  # [B, A, K]
         next_probs = target_logits[sample, next_action].softmax(-1)  # [B, K]: ... the target evaluates (double Q)
-        positions = target_positions(batch, critic.atoms)  # [B, K]
+        positions = batch.reward.unsqueeze(-1) + batch.discount.unsqueeze(-1) * critic.atoms  # [B, K]: R + gamma^n z
         target_probs = project_categorical(next_probs, positions, critic.atoms)  # [B, K]
     logits = critic(batch.obs, embedding)[sample, batch.action]  # [B, K]
     cross_entropy = -(target_probs * logits.log_softmax(-1)).sum(-1)  # [B]
@@ -634,11 +617,7 @@ class Agent:
     def q_values(self, obs: Tensor, task_id: Tensor) -> Tensor:
         """Normalised values [B, A] of observations [B, 4, 84, 84] in uint8 of tasks [B]."""
         torch.backends.cudnn.benchmark = False  # evaluation's batches shrink: every size would be searched anew
-        return self.critic.q_values(self.critic(to_float(obs), self.critic.embed(task_id)))
-
-    def value(self, obs: Tensor) -> Tensor:
-        """Normalised value [N] of observations [N, 4, 84, 84] of tasks 0..N-1 under the greedy action."""
-        return self.q_values(obs, self.task_ids).amax(-1)
+        return self.critic.q_values(self.critic(obs.float() / 255, self.critic.embed(task_id)))
 
     def state_dict(self) -> dict:
         return {name: getattr(self, name).state_dict() for name in self.PARTS} | {"sizes": self.sizes}
@@ -663,45 +642,40 @@ def exploration(args: Args, env_step: int) -> float:
 # ------------------------------------------------------------------------------------------------------ evaluation
 
 
-COPIES = 10  # of every game that evaluation plays at once, at most
-
-
 def evaluate(agent: Agent, envs: Games, episodes: int, seed: int, video: bool = False,
              stop: Callable[[], object] = lambda: None) -> tuple[list[dict], list]:
     """Plays exactly `episodes` games of every task to their ends, greedily but for `eval_epsilon`.
 
-    `envs` are evaluation's own, as many for every task, task by task, and share its episodes out; they are seeded anew
-    each time, so that nothing carries over between evaluations. Returns one dict per task with the means of `return`,
-    of raw rewards, and `score`; and, with `video`, the frames of each task's first episode. Both are empty as soon as
-    `stop()` is true.
+    `envs` are evaluation's own, as many for every task, which share its episodes; they are seeded anew each time, so
+    that nothing carries over. Returns one dict per task with the means of `return`, of raw rewards, and `score`; and,
+    with `video`, the frames of each task's first episode. Both are empty as soon as `stop()` is true.
     """
     copies = envs.num_envs // agent.num_tasks
     left = np.array([len(range(copy, episodes, copies)) for copy in range(copies)] * agent.num_tasks)  # to be played
-    most = left.max(initial=0)
+    first = left.max()  # as many are left in the first copies during their first episode
     ended: list[list[tuple[float, float]]] = [[] for _ in range(agent.num_tasks)]  # return, and no success
     episode_return = np.zeros(envs.num_envs)
     frames: list[list[np.ndarray]] = [[] for _ in range(agent.num_tasks)]
     generator = torch.Generator(agent.device).manual_seed(seed)
     rows = np.flatnonzero(left)  # of the environments that still play
     obs = envs.reset(seed=seed)[rows]
-    for step in itertools.count():
-        if not len(rows):
-            break
+    step = 0
+    while len(rows):
         if stop():
             return [], []
         if video and step % suites.VIDEO_STRIDE == 0:
-            for row, stack in zip(rows, obs):
-                if row % copies == 0 and left[row] == most:
+            for row, stack in zip(rows, obs, strict=True):
+                if row % copies == 0 and left[row] == first:
                     frames[row // copies].append(stack[-1])
         task_id = send(rows // copies, agent.device)
-        action = agent.act(send(obs, agent.device), task_id, agent.args.eval_epsilon, generator)
-        result = envs.step(action.cpu().numpy(), rows)
+        action = agent.act(send(obs, agent.device), task_id, agent.args.eval_epsilon, generator).cpu().numpy()
+        result = envs.step(action, rows)
         episode_return[rows] += result.reward
         for row in rows[result.terminated | result.truncated]:
             ended[row // copies].append((float(episode_return[row]), math.nan))
             episode_return[row] = 0.0
             left[row] -= 1
-        rows, obs = rows[left[rows] > 0], result.obs[left[rows] > 0]
+        rows, obs, step = rows[left[rows] > 0], result.obs[left[rows] > 0], step + 1
     return [suites.mean_episode(task, of_task) for task, of_task in zip(agent.args.tasks, ended, strict=True)], frames
 
 
@@ -728,7 +702,7 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
     """
     num_tasks, device = len(args.tasks), harness.choose_device(args.device)
     run = harness.Run(args, start.arguments, **start.facts)
-    envs, eval_envs = make_envs(args), make_envs(args, copies=min(COPIES, args.eval_episodes))
+    envs, eval_envs = make_envs(args), make_envs(args, evaluation=True)
     torch.manual_seed(harness.derived_seed(args.seed, "networks"))
     agent = Agent(args, num_tasks, start.num_embeddings, device)
     normalizer = ReturnNormalizer(args, max(num_tasks, agent.sizes[-1]), device)
@@ -739,8 +713,7 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
           f"{device}, {torch.get_num_threads()} threads, {agent}; replay {buffer.nbytes / 1e9:.2f} GB when full, on "
           f"{buffer.device}", flush=True)
     if device.type == "cpu" and args.encoder_scale > 0.25:
-        print("This is a size for a GPU. For results in minutes on a CPU: --tasks Pong Breakout --small "
-              "--total-steps 3000", flush=True)
+        print("A size for a GPU; in minutes on a CPU: --tasks Pong Breakout --small --total-steps 3000", flush=True)
     run.open(buffer)
     replay = start.prepare(run, agent, normalizer, buffer)
     env_step = restore(run.state, agent, normalizer, buffer) if run.state else start.first_step  # of each task
@@ -811,26 +784,25 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
     return results
 
 
-def make_envs(args: Args, pad_to: tuple[int, ...] = (), copies: int = 1) -> Games:
-    """`copies` environments of each task, task by task. Raises suites.SuiteError for what is missing here."""
+def make_envs(args: Args, pad_to: tuple[int, ...] = (), evaluation: bool = False) -> Games:
+    """One environment of each task, or for evaluation as many as it has episodes, ten at most. Raises SuiteError."""
+    copies = min(10, max(args.eval_episodes, args.final_eval_episodes)) if evaluation else 1
     return Games([task for task in args.tasks for _ in range(copies)], args.max_frames)
 
 
 def make_buffer(args: Args, device: torch.device) -> ReplayBuffer:
     """The replay on --replay-device, or on the training device if its free memory is enough, or else on the cpu."""
-    capacity = min(args.buffer_size, args.total_steps)
-    make = functools.partial(ReplayBuffer, len(args.tasks), capacity, args.gamma, args.n_step)
+    sizes = len(args.tasks), min(args.buffer_size, args.total_steps), args.gamma, args.n_step
     if args.replay_device or device.type == "cpu":
-        return make(harness.choose_device(args.replay_device or "cpu"))
+        return ReplayBuffer(*sizes, harness.choose_device(args.replay_device or "cpu"))
     # Networks, optimiser and the activations of an update, estimated: 16 GB at the paper's size, in float32.
-    update = 16e9 * args.encoder_scale * args.batch_size / 256
-    free, _ = torch.cuda.mem_get_info(device)
-    return make(device if make("meta").nbytes + update < free else "cpu")
+    update, (free, _) = 16e9 * args.encoder_scale * args.batch_size / 256, torch.cuda.mem_get_info(device)
+    return ReplayBuffer(*sizes, device if ReplayBuffer(*sizes, "meta").nbytes + update < free else "cpu")
 
 
 def raw_value(agent: Agent, normalizer: ReturnNormalizer, obs: np.ndarray) -> np.ndarray:
-    """The critic's value [N] of observations [N, 4, 84, 84] in raw reward units. Waits for the device."""
-    value = agent.value(send(obs, agent.device))
+    """The greedy action's value [N] of observations [N, 4, 84, 84] in raw reward units. Waits for the device."""
+    value = agent.q_values(send(obs, agent.device), agent.task_ids).amax(-1)
     return normalizer.denormalize(value, agent.task_ids).cpu().numpy()
 
 
@@ -859,7 +831,7 @@ def evaluate_run(args: Args) -> list[dict]:
     args = dataclasses.replace(args, compile=False)
     agent = Agent(args, *saved["agent"]["sizes"], harness.choose_device(args.device))
     agent.load_state_dict(saved["agent"])
-    envs = make_envs(args, copies=min(COPIES, args.eval_episodes))
+    envs = make_envs(args, evaluation=True)
     seed = harness.derived_seed(args.seed, "evaluation", saved["env_step"])
     results, frames = evaluate(agent, envs, args.eval_episodes, seed, args.capture_video)
     envs.close()
