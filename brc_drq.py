@@ -106,7 +106,7 @@ class Args:
     updates_per_step: int | None = None
     """Gradient updates per environment step of all tasks in parallel; default 2 (paper), with --small 1 (DrQ-eps)."""
     batch_size: int | None = None
-    """Transitions per update over all tasks; default 256 multi-task (paper), 64 single-task (section 4), with --small 32 (DrQ-eps)."""
+    """Transitions per update over all tasks; default 256 multi-task, 64 single-task (paper), --small 32 (DrQ-eps)."""
     learning_starts: int = 1600
     """Random environment steps per task before the first update (DrQ-eps)."""
     buffer_size: int = 100_000
@@ -493,15 +493,16 @@ class ReplayBuffer:
         newest = torch.arange(self.steps - 1, self.steps + 1) % len(self.rows)
         return {"steps": self.steps, "oldest": self.oldest, "ends": self.ends, "frames": self.frames[newest].cpu(),
                 "rows": self.rows[newest].cpu(), "end": self.end[newest].cpu(),
-                "episode_steps": torch.from_numpy(self.episode_steps)}
+                "episode_steps": torch.tensor(self.episode_steps)}
 
     def load_state_dict(self, state: dict) -> None:
         """Before the rings are loaded. The capacity may have changed."""
-        self.steps, self.ends, self.episode_steps = state["steps"], state["ends"], state["episode_steps"].numpy()
-        self.oldest = max(state["oldest"], self.steps - self.capacity)
+        self.steps, self.oldest, self.ends = state["steps"], state["oldest"], state["ends"]
+        self.episode_steps = state["episode_steps"].numpy().copy()
         newest = torch.arange(self.steps - 1, self.steps + 1) % len(self.rows)
         for name in ("frames", "rows", "end"):
             getattr(self, name)[newest] = state[name].to(self.device)
+        self.end_episodes(np.array([], int))
 
 
 # ---------------------------------------------------------------------------------------------------------- losses
