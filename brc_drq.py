@@ -658,9 +658,8 @@ def evaluate(agent: Agent, envs: Games, episodes: int, seed: int, video: bool = 
     episode_return = np.zeros(envs.num_envs)
     frames: list[list[np.ndarray]] = [[] for _ in range(agent.num_tasks)]
     generator = torch.Generator(agent.device).manual_seed(seed)
-    rows = np.flatnonzero(left)  # of the environments that still play
+    step, rows = 0, np.flatnonzero(left)  # of the environments that still play
     obs = envs.reset(seed=seed)[rows]
-    step = 0
     while len(rows):
         if stop():
             return [], []
@@ -668,9 +667,8 @@ def evaluate(agent: Agent, envs: Games, episodes: int, seed: int, video: bool = 
             for row, stack in zip(rows, obs, strict=True):
                 if row % copies == 0 and left[row] == first:
                     frames[row // copies].append(stack[-1])
-        task_id = send(rows // copies, agent.device)
-        action = agent.act(send(obs, agent.device), task_id, agent.args.eval_epsilon, generator).cpu().numpy()
-        result = envs.step(action, rows)
+        observed, task_id = send(obs, agent.device), send(rows // copies, agent.device)
+        result = envs.step(agent.act(observed, task_id, agent.args.eval_epsilon, generator).cpu().numpy(), rows)
         episode_return[rows] += result.reward
         for row in rows[result.terminated | result.truncated]:
             ended[row // copies].append((float(episode_return[row]), math.nan))
