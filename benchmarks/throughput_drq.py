@@ -32,6 +32,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import brc_drq  # noqa: E402
+import harness  # noqa: E402
 import suites  # noqa: E402
 from benchmarks.throughput import copy_bandwidth, matmul_peak, timed  # noqa: E402
 from suites.atari import Games  # noqa: E402
@@ -83,9 +84,8 @@ def measure(args: Args, scale: float, device: torch.device, flops_per_s: float, 
     """Median seconds of one update at `scale`, and its floor."""
     batch_size = args.batch_size or (256 if device.type == "cuda" else 32)
     agent_args = dataclasses.replace(brc_drq.Args(), encoder_scale=scale, batch_size=batch_size, compile=args.compile,
-                                     precision=args.precision)
-    agent = brc_drq.Agent(agent_args, args.num_tasks, device)
-    generator = torch.Generator(device)
+                                     precision=args.precision or "tf32")
+    agent = brc_drq.Agent(agent_args, args.num_tasks, device=device)
     obs = torch.randint(256, (2, batch_size, 4, 84, 84), dtype=torch.uint8, device=device)
     batch = brc_drq.Batch(
         obs=obs[0],
@@ -97,12 +97,12 @@ def measure(args: Args, scale: float, device: torch.device, flops_per_s: float, 
     )
 
     def update() -> None:
-        images = (brc_drq.augment(field, agent_args, generator) for field in (batch.obs, batch.next_obs))
+        images = (brc_drq.augment(field, agent_args) for field in (batch.obs, batch.next_obs))
         agent.update(batch._replace(**dict(zip(("obs", "next_obs"), images))))
 
     seconds = [timed(update, device) for _ in range(3 + args.repeats)][3:]
     macs = layer_macs(agent.critic)
-    parameters = sum(parameter.numel() for parameter in agent.critic_parameters)
+    parameters = sum(parameter.numel() for parameter in agent.critic.parameters())
     flops = 2 * batch_size * (5 * sum(macs) - macs[0])
     floor = flops / flops_per_s + 40 * parameters / bytes_per_s
     median = statistics.median(seconds)
@@ -135,7 +135,7 @@ def step_games(games: tuple[str, ...], steps: int) -> tuple[float, float]:
 
 
 def main(args: Args) -> None:
-    device = brc_drq.choose_device(args.device)
+    device = harness.choose_device(args.device)
     threads = f"CPU, {torch.get_num_threads()} threads"
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
     precision = args.precision or ("tf32" if device.type == "cuda" else "fp32")
