@@ -142,10 +142,7 @@ SMALL = dict(encoder_scale=0.125, batch_size=32, updates_per_step=1, eval_episod
 
 
 def resolve(args: Args) -> Args:
-    """Fills in the defaults that depend on other arguments, and checks all values, before anything is created.
-
-    Raises UsageError or suites.SuiteError.
-    """
+    """Fills in the defaults that depend on other arguments. Raises UsageError or suites.SuiteError for bad ones."""
     tasks = suites.resolve(args.suite, args.tasks, "all")
     if others := [task for task in tasks if suites.benchmark(task) is not suites.atari]:
         raise UsageError(f"{others[0]} is not an Atari game: {harness.PROGRAM.name} learns from pixels with discrete "
@@ -185,6 +182,8 @@ import torch  # noqa: E402
 import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
+
+import devices  # noqa: E402
 
 # -------------------------------------------------------------------------------------------------------- networks
 
@@ -589,7 +588,7 @@ class Agent:
         torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
         torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=args.precision == "bf16")
-        self.critic_loss = harness.compiled(critic_loss) if args.compile else critic_loss
+        self.critic_loss = devices.compiled(critic_loss) if args.compile else critic_loss
 
     def __str__(self) -> str:
         sizes = [f"{name} {sum(p.numel() for p in getattr(self, name).parameters()):,}" for name in self.PARTS[:2]]
@@ -696,10 +695,11 @@ class Start(NamedTuple):
 def train(args: Args, start: Start = Start()) -> list[dict]:
     """Trains as `args` say; returns the last evaluation's means, one dict per task.
 
-    Raises UsageError or suites.SuiteError, before anything is created, for arguments that cannot be run, and RunError
-    for a run that cannot go on.
+    Raises UsageError or SuiteError, before anything is created, and RunError for a run that cannot go on.
     """
-    num_tasks, device = len(args.tasks), harness.choose_device(args.device)
+    if devices.join()[1] > 1:
+        raise UsageError("The games are played by one process: start it with python, and not with torchrun.")
+    num_tasks, device = len(args.tasks), devices.choose_device(args.device)
     run = harness.Run(args, start.arguments, **start.facts)
     envs, eval_envs = make_envs(args), make_envs(args, evaluation=True)
     torch.manual_seed(harness.derived_seed(args.seed, "networks"))
@@ -730,6 +730,10 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
             batch = sample() if left else batch  # from host memory while the device computes
         return metrics
 
+    def save() -> None:
+        parts = {"agent": agent, "normalizer": normalizer, "buffer": buffer}
+        run.save(env_step, {name: part.state_dict() for name, part in parts.items()}, buffer)
+
     metrics, results = {}, []
     obs = envs.reset(seed=harness.derived_seed(args.seed, "environments", env_step))
     try:
@@ -739,7 +743,7 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
             due &= env_step > 0 or start.acts
             if due or env_step % args.checkpoint_interval == 0 or run.stop or run.asked:
                 run.check_finite(metrics, env_step)  # never over the last good one
-                run.save(env_step, state(agent, normalizer, buffer), buffer)
+                save()
             if due and not run.stop and env_step not in run.evaluated:
                 seed = harness.derived_seed(args.seed, "evaluation", env_step)
                 episodes = args.eval_episodes if env_step < args.total_steps else args.final_eval_episodes
@@ -793,7 +797,7 @@ def make_buffer(args: Args, device: torch.device) -> ReplayBuffer:
     """The replay on --replay-device, or on the training device if its free memory is enough, or else on the cpu."""
     sizes = len(args.tasks), min(args.buffer_size, args.total_steps), args.gamma, args.n_step
     if args.replay_device or device.type == "cpu":
-        return ReplayBuffer(*sizes, harness.choose_device(args.replay_device or "cpu"))
+        return ReplayBuffer(*sizes, devices.choose_device(args.replay_device or "cpu"))
     # Networks, optimiser and the activations of an update, estimated: 16 GB at the paper's size, in float32.
     update, (free, _) = 16e9 * args.encoder_scale * args.batch_size / 256, torch.cuda.mem_get_info(device)
     return ReplayBuffer(*sizes, device if ReplayBuffer(*sizes, "meta").nbytes + update < free else "cpu")
@@ -805,13 +809,8 @@ def raw_value(agent: Agent, normalizer: ReturnNormalizer, obs: np.ndarray) -> np
     return normalizer.denormalize(value, agent.task_ids).cpu().numpy()
 
 
-def state(agent: Agent, normalizer: ReturnNormalizer, buffer: ReplayBuffer) -> dict:
-    """All that a continuation needs, but for the random states and the replay's rows."""
-    return {"agent": agent.state_dict(), "normalizer": normalizer.state_dict(), "buffer": buffer.state_dict()}
-
-
 def restore(state: dict, agent: Agent, normalizer: ReturnNormalizer, buffer: ReplayBuffer) -> int:
-    """The inverse of `state`; returns the step. The environments start anew: running episodes end as truncated."""
+    """Sets a run to its checkpoint's state; returns the step. Environments start anew: running episodes are cut."""
     agent.load_state_dict(state["agent"])
     normalizer.load_state_dict(state["normalizer"])
     last_value = np.zeros(agent.num_tasks)
@@ -828,7 +827,7 @@ def evaluate_run(args: Args) -> list[dict]:
     """--evaluate: prints the table of tasks for a run's last checkpoint, with or without its replay."""
     saved, run_dir = harness.read_checkpoint(Path(args.evaluate)), Path(args.evaluate)
     args = dataclasses.replace(args, compile=False)
-    agent = Agent(args, *saved["agent"]["sizes"], harness.choose_device(args.device))
+    agent = Agent(args, *saved["agent"]["sizes"], devices.choose_device(args.device))
     agent.load_state_dict(saved["agent"])
     envs = make_envs(args, evaluation=True)
     seed = harness.derived_seed(args.seed, "evaluation", saved["env_step"])

@@ -503,6 +503,7 @@ class ReplayBuffer:
         self.oldest = max(state["oldest"], self.steps - self.capacity)
         newest = torch.arange(self.steps - 1, self.steps + 1) % len(self.rows)
         self.rows[newest], self.end[newest] = state["rows"].to(self.device), state["end"].to(self.device)
+        self.end_episodes(np.array([], int))
 
 
 # ---------------------------------------------------------------------------------------------------------- losses

@@ -300,7 +300,6 @@ class Run:
                                                global_step=env_step)
         tqdm.write(f"step {env_step:>9,}: " + ", ".join(f"mean {name} {value:.3f}" for name, value in means.items()))
         self.bar.set_postfix(score=f"{means['score']:.3f}", refresh=False)
-        self.bar.unpause()  # an evaluation is not counted into the bar's speed
 
     def log(self, scalars: dict[str, float], env_step: int) -> None:
         """Scalars, and the bar's own speed, for TensorBoard."""
