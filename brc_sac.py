@@ -249,6 +249,8 @@ class TaskEmbedding(nn.Module):
 class Critic(nn.Module):
     """E = 2 independent BroNets that map (obs, action, embedding) to K logits, and the task embedding they share."""
 
+    Body = BroNet
+
     def __init__(self, args: Args, obs_dim: int, act_dim: int, num_embeddings: int):
         """num_embeddings: one per task; 0 in single-task mode (paper)."""
         super().__init__()
@@ -256,7 +258,7 @@ class Critic(nn.Module):
         in_features = obs_dim + act_dim + (args.embedding_dim if num_embeddings else 0)
         # A plain loop over two members beats vmap and batched matmuls on CPU.
         self.members = nn.ModuleList(
-            nn.Sequential(BroNet(in_features, args.width, args.critic_depth), Dense(args.width, args.num_atoms))
+            nn.Sequential(self.Body(in_features, args.width, args.critic_depth), Dense(args.width, args.num_atoms))
             for _ in range(2)
         )
         self.register_buffer("atoms", torch.linspace(-args.v_max, args.v_max, args.num_atoms), persistent=False)  # [K]
@@ -277,10 +279,12 @@ class Critic(nn.Module):
 class Actor(nn.Module):
     """BroNet with mean and log-std heads of a tanh-squashed Gaussian."""
 
+    Body = BroNet
+
     def __init__(self, args: Args, obs_dim: int, act_dim: int, num_embeddings: int):
         super().__init__()
         in_features = obs_dim + (args.embedding_dim if num_embeddings else 0)
-        self.body = BroNet(in_features, args.actor_width, args.actor_depth)
+        self.body = self.Body(in_features, args.actor_width, args.actor_depth)
         self.mean = Dense(args.actor_width, act_dim)
         self.log_std = Dense(args.actor_width, act_dim, gain=1.0)
 
