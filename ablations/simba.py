@@ -2,9 +2,9 @@
 
     python ablations/simba.py --suite demo          every argument, output and --resume as of brc_sac.py
 
-Residual blocks x + W2 relu(W1 LN(x)) that widen to 4 H, a last LayerNorm, and observations normalised by their running
-mean and variance: of the sampled batches here, of every step as it is taken in SimBa. A block has 8 H^2 weights and
-BroNet's 2 H^2, so compare at equal parameters, which every run prints. The actor stays BroNet.
+Blocks x + W2 relu(W1 LN(x)) that widen to 4 H, a last LayerNorm, and observations normalised by their running mean and
+variance, of the sampled batches (in SimBa of every step). A block has 8 H^2 weights and BroNet's 2 H^2, so compare at
+equal parameters, which every run prints. The actor stays BroNet.
 """
 
 import sys
@@ -12,23 +12,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
-import torch.nn as nn  # noqa: E402
 
 import brc_sac  # noqa: E402
 from brc_sac import Dense, layer_norm  # noqa: E402
 
 
-class Block(nn.Sequential):
+class Block(torch.nn.Sequential):
     def __init__(self, width):
-        super().__init__(layer_norm(width), Dense(width, 4 * width), nn.ReLU(), Dense(4 * width, width))
-        nn.init.kaiming_normal_(self[1].weight)
-        nn.init.kaiming_normal_(self[3].weight)
+        super().__init__(layer_norm(width), Dense(width, 4 * width), torch.nn.ReLU(), Dense(4 * width, width))
+        torch.nn.init.kaiming_normal_(self[1].weight)
+        torch.nn.init.kaiming_normal_(self[3].weight)
 
     def forward(self, x):
         return x + super().forward(x)
 
 
-class Simba(nn.Sequential):
+class Simba(torch.nn.Sequential):
     def __init__(self, in_features, width, depth):
         super().__init__(Dense(in_features, width, gain=1.0), *map(Block, [width] * depth), layer_norm(width))
 
@@ -38,9 +37,8 @@ class SimbaCritic(brc_sac.Critic):
 
     def __init__(self, args, obs_dim, *sizes):
         super().__init__(args, obs_dim, *sizes)
-        self.register_buffer("mean", torch.zeros(obs_dim))  # of the observations; checkpoints hold buffers
-        self.register_buffer("var", torch.ones(obs_dim))
-        self.register_buffer("count", torch.tensor(1e-4))
+        self.mean, self.var = torch.nn.Buffer(torch.zeros(obs_dim)), torch.nn.Buffer(torch.ones(obs_dim))
+        self.count = torch.nn.Buffer(torch.tensor(1e-4))  # of observations; checkpoints hold buffers
 
     def forward(self, obs, action, embedding):
         return super().forward((obs - self.mean) / (self.var + 1e-8).sqrt(), action, embedding)
