@@ -455,14 +455,13 @@ class ReplayBuffer:
         if len(tasks):
             numbers = self.ends + np.arange(len(tasks))
             places = numbers % len(self.last_obs)
-            # Places that are taken: the steps up to the latest of theirs are given up.
-            self.oldest = max(self.oldest, int(self.end_step.numpy()[places].max()) + 1)
             self.end_step.numpy()[places] = self.steps - 1
             self.ends += len(tasks)
             index = torch.from_numpy(np.stack([tasks, places, numbers + 1])).to(self.device, non_blocking=True)
             self.last_obs[index[1]] = self.current_obs()[index[0]]
             self.end[(self.steps - 1) % len(self.rows), index[0]] = index[2].int()
-        self.oldest = max(self.oldest, self.steps - self.capacity)
+        # The step whose end has the place that is the next to be taken is given up, and what is older.
+        self.oldest = max(self.oldest, self.steps - self.capacity, 1 + int(self.end_step[self.ends % len(self.last_obs)]))
         self.window.copy_(torch.tensor([self.oldest, self.steps - self.oldest]), non_blocking=True)
 
     def sample(self, batch_size: int) -> Batch:
