@@ -10,6 +10,7 @@ SAC + two BroNet critics with categorical cross-entropy TD + learned task embedd
     python brc_sac.py --tasks walker-run reach hopper-hop   any mix of tasks; observations and actions are padded
     python brc_sac.py --suite demo --total-steps 300 --learning-starts 100 --eval-episodes 1     CPU smoke test
     python brc_sac.py --resume runs/<run>                   go on after a crash or a kill
+    torchrun --nproc-per-node 8 brc_sac.py --suite sh --width 8192     several GPUs: tasks and batch are dealt out
 
 Sections, in reading order:
     arguments           every hyper-parameter, with its source
@@ -25,11 +26,13 @@ Run directory, logs, checkpoint files and signals are in harness.py, which no id
 Shapes: B batch, E ensemble, K atoms, N tasks, O observation, A action, H width.
 """
 
+import copy
 import dataclasses
 import itertools
 import math
 import os
 import shutil
+from collections import ChainMap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +58,8 @@ class Args:
     """Task names, in place of --suite's; any names the suites know. One task = single-task mode."""
     split: Literal["all", "pretrain"] = "all"
     """All of the suite's tasks, or those that the paper pretrains on before transfer."""
+    goals: Literal["fresh", "frozen"] | None = None
+    """MetaWorld's goals: drawn anew every episode, or once for a whole run as in the release; default by --variant."""
     seed: int = 0
     """Seed of networks, noise and environments."""
     total_steps: int | None = None
@@ -92,7 +97,7 @@ class Args:
     replay_device: str | None = None
     """Device of the replay buffer; default the training device."""
     precision: Literal["tf32", "bf16", "fp32"] = "tf32"
-    """Of the matrix products; all else is float32. tf32 is of NVIDIA GPUs, and float32 elsewhere."""
+    """Of matrix products: bf16 in the critics' bodies only, tf32 on NVIDIA GPUs only; all else is float32."""
     compile: bool = True
     """torch.compile the losses, where there is a C++ compiler and the run is of 20,000 updates or more."""
     cuda_graph: bool = True
@@ -101,8 +106,7 @@ class Args:
     """Update while the environments step (the newest transition is then sampled one step later); off = step first."""
 
     variant: Literal["paper", "release"] = "paper"
-    """Where the paper's text and the authors' code differ (embedding norm, truncation bootstrap, entropy share of the
-    return scale), follow the text or the code."""
+    """Where the paper's text and the authors' code differ, follow the text or the code; see docs/choices.md."""
     width: int | None = None
     """Critic width H in units; default 4096 (paper), for the demo 128."""
     critic_depth: int = 2
@@ -114,7 +118,7 @@ class Args:
     embedding_dim: int = 32
     """Numbers per task embedding (paper)."""
     embedding_norm: Literal["l1", "l2"] | None = None
-    """Norm that is 1 in every task embedding; default by --variant: l1 (paper, C.4), l2 (release)."""
+    """Norm of every task embedding, which is 1; default by --variant: l1 (paper, C.4) or l2 (release)."""
     num_atoms: int = 101
     """Atoms K of the categorical value (paper)."""
     v_max: float = 10.0
@@ -144,13 +148,11 @@ DEMO = dict(width=128, batch_size=256, learning_starts=1000, eval_interval=2_000
 
 
 def resolve(args: Args) -> Args:
-    """Fills in the defaults that depend on other arguments, and checks all values, before anything is created.
-
-    Raises UsageError or suites.SuiteError.
-    """
+    """Fills in the defaults that depend on other arguments. Raises UsageError or suites.SuiteError for bad ones."""
     if args.assets:  # through the environment, which the worker processes inherit
         os.environ["SHADOWHAND_ASSETS"] = os.path.abspath(args.assets)
     tasks = suites.resolve(args.suite, args.tasks, args.split)
+    suites.check_goals(tasks, args.goals or "fresh")
     if games := [task for task in tasks if suites.benchmark(task) is suites.atari]:
         raise UsageError(f"{games[0]} is an Atari game, played from pixels: {harness.PROGRAM.name} runs continuous "
                          "control only, so leave the games out, or use brc_drq.py for them.")
@@ -162,6 +164,7 @@ def resolve(args: Args) -> Args:
         "total_steps": suites.steps(tasks) if args.tasks else suites.SUITES[args.suite].steps,
         "exp_name": f"{harness.PROGRAM.stem}-{label}-{args.variant}",
         "embedding_norm": {"paper": "l1", "release": "l2"}[args.variant],
+        "goals": {"paper": "fresh", "release": "frozen"}[args.variant],
     } | (DEMO if args.suite == "demo" and not args.tasks else {})
     args = harness.fill(dataclasses.replace(args, tasks=tasks), **defaults)
     args = harness.fill(args, eval_interval=max(1, args.total_steps // 20), workers=default_workers(tasks))
@@ -189,6 +192,8 @@ import torch  # noqa: E402
 import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
+
+import devices  # noqa: E402
 
 # -------------------------------------------------------------------------------------------------------- networks
 
@@ -249,14 +254,18 @@ class TaskEmbedding(nn.Module):
 class Critic(nn.Module):
     """E = 2 independent BroNets that map (obs, action, embedding) to K logits, and the task embedding they share."""
 
+    Body = BroNet
+
     def __init__(self, args: Args, obs_dim: int, act_dim: int, num_embeddings: int):
         """num_embeddings: one per task; 0 in single-task mode (paper)."""
         super().__init__()
-        self.embedding = TaskEmbedding(num_embeddings, args.embedding_dim, args.embedding_norm) if num_embeddings else None
-        in_features = obs_dim + act_dim + (args.embedding_dim if num_embeddings else 0)
+        self.embedding, in_features, self.bf16 = None, obs_dim + act_dim, args.precision == "bf16"
+        if num_embeddings:
+            self.embedding = TaskEmbedding(num_embeddings, args.embedding_dim, args.embedding_norm)
+            in_features += args.embedding_dim
         # A plain loop over two members beats vmap and batched matmuls on CPU.
         self.members = nn.ModuleList(
-            nn.Sequential(BroNet(in_features, args.width, args.critic_depth), Dense(args.width, args.num_atoms))
+            nn.Sequential(self.Body(in_features, args.width, args.critic_depth), Dense(args.width, args.num_atoms))
             for _ in range(2)
         )
         self.register_buffer("atoms", torch.linspace(-args.v_max, args.v_max, args.num_atoms), persistent=False)  # [K]
@@ -267,20 +276,24 @@ class Critic(nn.Module):
 
     def forward(self, obs: Tensor, action: Tensor, embedding: Tensor) -> Tensor:
         x = torch.cat([obs, action, embedding], dim=-1)  # [B, O + A + D]
-        return torch.stack([member(x) for member in self.members])  # [E, B, K]
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):  # nearly all of an update's work is here
+            features = [body(x) for body, _ in self.members]  # E of [B, H]
+        return torch.stack([head(h) for (_, head), h in zip(self.members, features)])  # [E, B, K]
 
     def q_values(self, logits: Tensor) -> Tensor:
         """Expected value [B] of logits [E, B, K]: the mean over the ensemble, no minimum."""
-        return (logits.softmax(-1).mean(0) * self.atoms).sum(-1)  # a matrix product would fall under autocast
+        return (logits.softmax(-1).mean(0) * self.atoms).sum(-1)
 
 
 class Actor(nn.Module):
     """BroNet with mean and log-std heads of a tanh-squashed Gaussian."""
 
+    Body = BroNet
+
     def __init__(self, args: Args, obs_dim: int, act_dim: int, num_embeddings: int):
         super().__init__()
         in_features = obs_dim + (args.embedding_dim if num_embeddings else 0)
-        self.body = BroNet(in_features, args.actor_width, args.actor_depth)
+        self.body = self.Body(in_features, args.actor_width, args.actor_depth)
         self.mean = Dense(args.actor_width, act_dim)
         self.log_std = Dense(args.actor_width, act_dim, gain=1.0)
 
@@ -355,8 +368,9 @@ class ReturnNormalizer:
             returns[t] = G = rewards[t] + self.gamma * G
         self.return_min[task] = min(self.return_min[task], returns.min())
         self.return_max[task] = max(self.return_max[task], returns.max())
-        # fill_ never waits for the device; an assignment may.
-        self.return_scale[task].fill_(float(max(self.return_max[task], abs(self.return_min[task]))))
+        scale = float(max(self.return_max[task], abs(self.return_min[task])))
+        if scale > 0 or self.variant == "release":  # a task whose returns were all 0 has no scale yet
+            self.return_scale[task].fill_(scale)  # never waits for the device; an assignment may
         self.episode_rewards[task] = []
 
     @torch.no_grad()
@@ -381,8 +395,7 @@ class ReturnNormalizer:
         if self.variant == "release":
             entropy_share = temperature * -self.target_entropy / 2 / (1 - self.gamma)
         else:
-            # Above 0, so that a task whose rewards were all 0 so far stays 0 and does not become 0 / 0.
-            entropy_share = (temperature * self.entropy / (1 - self.gamma)).clamp(min=1e-8)
+            entropy_share = (temperature * self.entropy / (1 - self.gamma)).clamp(min=0)
         return self.return_scale + entropy_share
 
     def normalize(self, reward: Tensor, task_id: Tensor, temperature: Tensor) -> Tensor:
@@ -461,7 +474,8 @@ class ReplayBuffer:
             self.last_obs[index[1]] = self.current_obs()[index[0]]
             self.end[(self.steps - 1) % len(self.rows), index[0]] = index[2].int()
         # The step whose end has the place that is the next to be taken is given up, and what is older.
-        self.oldest = max(self.oldest, self.steps - self.capacity, 1 + int(self.end_step[self.ends % len(self.last_obs)]))
+        taken = int(self.end_step[self.ends % len(self.last_obs)])
+        self.oldest = max(self.oldest, self.steps - self.capacity, 1 + taken)
         self.window.copy_(torch.tensor([self.oldest, self.steps - self.oldest]), non_blocking=True)
 
     def sample(self, batch_size: int) -> Batch:
@@ -518,10 +532,7 @@ def target_positions(batch: Batch, next_log_prob: Tensor, temperature: Tensor, a
 
 def critic_loss(critic: Critic, target: Critic, actor: Actor, temperature: Tensor, gamma: float, batch: Batch,
                 noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross-entropy between both critics' logits and the projected target, and what to log.
-
-    The target: the policy's next action, for noise [B, A], rated by the mean of both target critics.
-    """
+    """Cross-entropy between both critics' logits and the projected value of the next action, and what to log."""
     with torch.no_grad():
         next_action, next_log_prob = sample_action(*actor(batch.next_obs, critic.embed(batch.task_id)), noise)
         target_logits = target(batch.next_obs, next_action, target.embed(batch.task_id))  # [E, B, K]
@@ -577,21 +588,22 @@ class Agent:
             num_embeddings = num_tasks if num_tasks > 1 else 0
         self.sizes = obs_dim, act_dim, num_tasks, num_embeddings
         self.args, self.num_tasks, self.device = args, num_tasks, torch.device(device)
+        self.share = 1.0  # of all tasks, from which this rank's batches are
         self.target_entropy = -act_dim / 2
         with self.device:
             self.critic = Critic(args, obs_dim, act_dim, num_embeddings)
-            self.target = Critic(args, obs_dim, act_dim, num_embeddings).requires_grad_(False)
+            self.target = copy.deepcopy(self.critic).requires_grad_(False)
             self.actor = Actor(args, obs_dim, act_dim, num_embeddings)
             self.log_temperature = nn.Parameter(torch.tensor(args.init_temperature).log())
             self.task_ids = torch.arange(num_tasks)
-        self.target.load_state_dict(self.critic.state_dict())
         self.critic_optimizer = make_adamw(self.critic.parameters(), args)
         self.actor_optimizer = make_adamw(self.actor.parameters(), args)
         self.temperature_optimizer = make_temperature_adam(self.log_temperature, args)
-        # All that makes an update fast, but for the graph in `train`; eager float32 is the same code.
-        torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
-        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=args.precision == "bf16")
-        self.critic_loss, self.actor_loss = (harness.compiled(loss) if args.compile else loss
+        # With the critics' bf16 and the graph in `train` all that makes an update fast; eager float32 is the same code.
+        fast = self.device.type == "cuda" and args.precision != "fp32"
+        torch.set_float32_matmul_precision("high" if fast else "highest")
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        self.critic_loss, self.actor_loss = (devices.compiled(loss) if args.compile else loss
                                              for loss in (critic_loss, actor_loss))
 
     def __str__(self) -> str:
@@ -610,22 +622,20 @@ class Agent:
         """
         temperature = self.temperature
         # 1-3: next action and target distribution, cross-entropy, critic and embedding step
-        with self.autocast:
-            loss, critic_metrics = self.critic_loss(self.critic, self.target, self.actor, temperature, self.args.gamma,
-                                                    batch, next_noise)
-        optimize(self.critic_optimizer, loss)
+        loss, critic_metrics = self.critic_loss(self.critic, self.target, self.actor, temperature, self.args.gamma,
+                                                batch, next_noise)
+        optimize(self.critic_optimizer, loss, self.share)
         # 4: target <- tau critic + (1 - tau) target
         with torch.no_grad():
             torch._foreach_lerp_(list(self.target.parameters()), list(self.critic.parameters()), self.args.tau)
         # 5: actor step through the new critic
         self.critic.requires_grad_(False)  # its weight gradients would be a seventh of all the work
-        with self.autocast:
-            loss, log_prob, actor_metrics = self.actor_loss(self.critic, self.actor, temperature, batch, noise)
+        loss, log_prob, actor_metrics = self.actor_loss(self.critic, self.actor, temperature, batch, noise)
         self.critic.requires_grad_(True)
-        optimize(self.actor_optimizer, loss)
+        optimize(self.actor_optimizer, loss, self.share)
         # 6: temperature step with the entropy of step 5
         loss = temperature_loss(self.log_temperature, -log_prob.mean(), self.target_entropy)
-        optimize(self.temperature_optimizer, loss)
+        optimize(self.temperature_optimizer, loss, self.share)
         metrics = critic_metrics | actor_metrics | {"temperature": temperature, "temperature_loss": loss.detach()}
         return metrics, log_prob
 
@@ -651,9 +661,12 @@ class Agent:
         self.log_temperature.data.copy_(state["log_temperature"])
 
 
-def optimize(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+def optimize(optimizer: torch.optim.Optimizer, loss: Tensor, share: float) -> None:
+    """One step. Where the loss is the mean over a share of all tasks only, the ranks' gradients are added."""
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    (loss if share == 1 else share * loss).backward()
+    if share < 1:
+        devices.add([parameter.grad for group in optimizer.param_groups for parameter in group["params"]])
     optimizer.step()
 
 
@@ -712,17 +725,28 @@ class Start(NamedTuple):
 def train(args: Args, start: Start = Start()) -> list[dict]:
     """Trains as `args` say; returns the last evaluation's means, one dict per task.
 
-    Raises UsageError or suites.SuiteError, before anything is created, for arguments that cannot be run, and RunError
-    for a run that cannot go on.
+    Raises UsageError or SuiteError, before anything is created, and RunError for a run that cannot go on.
     """
-    num_tasks, device = len(args.tasks), harness.choose_device(args.device)
-    replay_device = harness.choose_device(args.replay_device or args.device)
+    rank, size = devices.join()  # of torchrun; 0 and 1 without
+    num_tasks, tasks, rows = len(args.tasks), args.tasks[rank::size], range(rank, len(args.tasks), size)
+    if size > num_tasks:
+        raise UsageError(f"torchrun has started {size} processes for {num_tasks} tasks: give it at most one per task.")
+    device = devices.choose_device(args.device)
+    replay_device = devices.choose_device(args.replay_device or args.device)
     run = harness.Run(args, start.arguments, **start.facts)
-    envs, eval_envs = make_envs(args, start.pad_to), make_envs(args, start.pad_to, args.capture_video)
+    more = {"workers": args.workers, "pad_to": start.pad_to, "goals": args.goals, "rows": rows,
+            "agree": devices.largest}
+    envs = VectorEnv(tasks, args.seed, **more)
+    eval_envs = VectorEnv(tasks, args.seed + 42, render=args.capture_video, **more)  # the release's seeds
     torch.manual_seed(harness.derived_seed(args.seed, "networks"))
     agent = Agent(args, envs.obs_dim, envs.act_dim, num_tasks, start.num_embeddings, device)
-    normalizer = ReturnNormalizer(args, max(num_tasks, agent.sizes[-1]), envs.act_dim, device)
-    buffer = ReplayBuffer(num_tasks, envs.obs_dim, envs.act_dim, min(args.buffer_size, args.total_steps), replay_device)
+    agent.task_ids, agent.share = agent.task_ids[rank::size], len(tasks) / num_tasks
+    counts = [len(args.tasks[other::size]) for other in range(rank + 1)]
+    batch_size = (round(args.batch_size * sum(counts) / num_tasks)
+                  - round(args.batch_size * sum(counts[:-1]) / num_tasks))
+    normalizer = ReturnNormalizer(args, max(len(tasks), agent.sizes[-1]), envs.act_dim, device)
+    capacity = min(args.buffer_size, args.total_steps)
+    buffer = ReplayBuffer(len(tasks), envs.obs_dim, envs.act_dim, capacity, replay_device)
     print(f"{num_tasks} tasks, obs {envs.obs_dim}, act {envs.act_dim}, {args.total_steps:,} steps each\n"
           f"{device}, {torch.get_num_threads()} threads, {agent}; replay {buffer.nbytes / 1e9:.2f} GB when full, on "
           f"{replay_device}", flush=True)
@@ -731,19 +755,26 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
     run.open(buffer)
     replay = start.prepare(run, agent, normalizer, buffer)
     env_step = restore(run.state, agent, normalizer, buffer) if run.state else start.first_step  # of each task
+    if rank:
+        torch.manual_seed(harness.derived_seed(args.seed, f"rank {rank}", env_step))
 
     def updates() -> dict[str, Tensor]:
         """The gradient updates of one environment step. Never waits for the device."""
         for _ in range(args.updates_per_step):
-            batch = Batch(*(field.to(device, non_blocking=True) for field in replay.sample(args.batch_size)))
+            batch = Batch(*(field.to(device, non_blocking=True) for field in replay.sample(batch_size)))
             reward = normalizer.normalize(batch.reward, batch.task_id, agent.temperature)
-            next_noise, noise = torch.randn(2, args.batch_size, envs.act_dim, device=device)
-            metrics, log_prob = agent.update(batch._replace(reward=reward), next_noise, noise)
+            next_noise, noise = torch.randn(2, batch_size, envs.act_dim, device=device)
+            of_all = batch._replace(reward=reward, task_id=batch.task_id * size + rank)  # the task's number among all
+            metrics, log_prob = agent.update(of_all, next_noise, noise)
             normalizer.observe_entropy(log_prob, batch.task_id)
         return metrics
 
     if args.cuda_graph and device.type == "cuda" and device == replay_device:
-        updates = harness.as_cuda_graph(updates)
+        updates = devices.as_cuda_graph(updates)
+
+    def save() -> None:
+        parts = {"normalizer": normalizer, "buffer": buffer} | ({} if rank else {"agent": agent})
+        run.save(env_step, {name: part.state_dict() for name, part in parts.items()}, buffer)
 
     metrics, results = {}, []
     obs = envs.reset(seed=harness.derived_seed(args.seed, "environments", env_step))
@@ -752,29 +783,35 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
             # Checkpoint first: a run that dies while it evaluates comes back here, and evaluates.
             due = env_step % args.eval_interval == 0 or env_step in (start.first_step, args.total_steps)
             due &= env_step > 0 or start.acts
-            if due or env_step % args.checkpoint_interval == 0 or run.stop or run.asked:
+            stop, asked, done = devices.largest([run.stop, run.asked, env_step in run.evaluated])
+            if due or env_step % args.checkpoint_interval == 0 or stop or asked:
                 run.check_finite(metrics, env_step)  # never over the last good one
-                run.save(env_step, state(agent, normalizer, buffer), buffer)
-            if due and not run.stop and env_step not in run.evaluated:
+                save()
+            if due and not stop and not done:
                 seed = harness.derived_seed(args.seed, "evaluation", env_step)
-                results, frames = evaluate(agent, eval_envs, args.eval_episodes, seed, args.capture_video,
-                                           lambda: run.stop)
-                if results:
-                    run.log_evaluation(results, frames, env_step, agent.critic.embed(agent.task_ids))
-            if run.stop or env_step >= args.total_steps:
+                parts = devices.gather(evaluate(agent, eval_envs, args.eval_episodes, seed, args.capture_video,
+                                              lambda: run.stop))
+                stop, = devices.largest([run.stop])
+                if all(part[0] for part in parts):
+                    results, frames = ([parts[i % size][k][i // size] for i in range(num_tasks)] for k in range(2))
+                    embedding = agent.critic.embed(torch.arange(num_tasks, device=device))
+                    run.log_evaluation(results, frames, env_step, embedding)
+            if stop or env_step >= args.total_steps:
+                run.stop = stop
                 break
 
             # act
             if env_step < args.learning_starts and not start.acts:
-                action = 2 * torch.rand(num_tasks, envs.act_dim, device=device) - 1
+                action = 2 * torch.rand(len(tasks), envs.act_dim, device=device) - 1
             else:
-                noise = torch.randn(num_tasks, envs.act_dim, device=device)
+                noise = torch.randn(len(tasks), envs.act_dim, device=device)
                 action = agent.act(torch.from_numpy(obs).to(device, non_blocking=True), noise)
             action = action.cpu().numpy()  # waits for the device: the simulators need the actions
             run.check_finite({"action": action}, env_step)
             # step, and update while the simulators work: the newest transition is sampled a step later
             envs.step_async(action)
-            learning = env_step >= args.learning_starts
+            # a pretrained critic would unlearn from the rewards of 0 before the first episode has given a return scale
+            learning = env_step >= args.learning_starts and not (start.acts and np.isinf(normalizer.return_max).any())
             if learning and args.overlap:
                 metrics = updates()
             result = envs.step_wait()
@@ -790,11 +827,12 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
             run.bar.update()
             if env_step % args.log_interval == 0 and metrics:
                 run.check_finite(metrics, env_step)
-                scales = zip(args.tasks, normalizer.denominator(agent.temperature).tolist())  # waits for the device
-                run.log({f"train/{name}": value.item() for name, value in metrics.items()}
-                        | {f"return_scale/{task}": scale for task, scale in scales}, env_step)
+                scales = zip(tasks, normalizer.denominator(agent.temperature).tolist())  # waits for the device
+                scalars = {f"return_scale/{task}": scale for task, scale in scales}
+                scalars |= {f"train/{name}": value.item() for name, value in metrics.items()}
+                run.log(ChainMap(*devices.gather(scalars)), env_step)  # of losses, the first rank's
     except EnvError as error:
-        run.save(env_step, state(agent, normalizer, buffer), buffer)
+        save()
         raise harness.RunError(f"{error}\nStopped at step {env_step:,}. To go on: {run.go_on}") from None
     finally:
         run.close()
@@ -804,27 +842,15 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
     return results
 
 
-def make_envs(args: Args, pad_to: tuple[int, int], render: bool = False) -> VectorEnv:
-    """Environments of all tasks, for training or evaluation. Raises suites.SuiteError for what is missing here."""
-    suites.check(args.tasks)
-    if render:
-        suites.check_rendering(args.tasks)
-    return VectorEnv(args.tasks, args.seed, 0 if render else args.workers, render, pad_to=pad_to)
-
-
 def raw_value(agent: Agent, normalizer: ReturnNormalizer, obs: np.ndarray) -> np.ndarray:
     """The critic's value [N] of observations [N, O] in raw reward units. Waits for the device, once per episode."""
     value = agent.value(torch.from_numpy(obs).to(agent.device))
-    return normalizer.denormalize(value, agent.task_ids, agent.temperature).cpu().numpy()
-
-
-def state(agent: Agent, normalizer: ReturnNormalizer, buffer: ReplayBuffer) -> dict:
-    """All that a continuation needs, but for the random states and the replay's rows."""
-    return {"agent": agent.state_dict(), "normalizer": normalizer.state_dict(), "buffer": buffer.state_dict()}
+    rows = torch.arange(len(obs), device=agent.device)
+    return normalizer.denormalize(value, rows, agent.temperature).cpu().numpy()
 
 
 def restore(state: dict, agent: Agent, normalizer: ReturnNormalizer, buffer: ReplayBuffer) -> int:
-    """The inverse of `state`; returns the step. The environments start anew: running episodes end as truncated."""
+    """Sets a run to its checkpoint's state; returns the step. Environments start anew: running episodes are cut."""
     agent.load_state_dict(state["agent"])
     normalizer.load_state_dict(state["normalizer"])
     running = [task for task, rewards in enumerate(normalizer.episode_rewards) if rewards]
@@ -841,9 +867,10 @@ def evaluate_run(args: Args) -> list[dict]:
     """--evaluate: prints the table of tasks for a run's last checkpoint, with or without its replay."""
     saved, run_dir = harness.read_checkpoint(Path(args.evaluate)), Path(args.evaluate)
     args = dataclasses.replace(args, compile=False)
-    agent = Agent(args, *saved["agent"]["sizes"], harness.choose_device(args.device))
+    agent = Agent(args, *saved["agent"]["sizes"], devices.choose_device(args.device))
     agent.load_state_dict(saved["agent"])
-    envs = make_envs(args, agent.sizes[:2], args.capture_video)
+    envs = VectorEnv(args.tasks, args.seed + 42, args.workers, args.capture_video, pad_to=agent.sizes[:2],
+                     goals=args.goals)
     seed = harness.derived_seed(args.seed, "evaluation", saved["env_step"])
     results, frames = evaluate(agent, envs, args.eval_episodes, seed, args.capture_video)
     envs.close()

@@ -34,14 +34,11 @@ import numpy as np
 from tqdm import tqdm
 
 import suites
+from suites.base import UsageError
 from suites.vector import EnvError
 
 PROGRAM = Path(sys.argv[0])  # the script that runs: an agent, a copy of it, or one that imports it
 FORMAT = 2  # of args.json and checkpoints
-
-
-class UsageError(ValueError):
-    """Arguments or files that cannot be used; its message is one sentence for the user."""
 
 
 class RunError(RuntimeError):
@@ -67,15 +64,15 @@ def exit_on_error(function: Callable, *args: Any) -> Any:
             setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, "backslashreplace", write_through=True))
     try:
         return function(*args)
-    except (UsageError, suites.SuiteError, RunError, EnvError) as error:
+    except (UsageError, RunError, EnvError) as error:
         print(f"{PROGRAM.name}: {error}", file=sys.stderr)
         raise SystemExit(1 if isinstance(error, RuntimeError) else 2) from None
     except (RuntimeError, MemoryError) as error:
         text = f"{type(error).__name__}: {error}".splitlines()[0]
         if not any(refusal in text for refusal in ("MemoryError", "OutOfMemoryError", "DefaultCPUAllocator")):
             raise
-        print(f"{PROGRAM.name}: Out of memory ({text}): give --replay-device cpu, or a smaller network, --batch-size "
-              "or --buffer-size; what has a checkpoint can be resumed.", file=sys.stderr)
+        print(f"{PROGRAM.name}: Out of memory ({text}): give a smaller network, --batch-size or --buffer-size, or "
+              "--replay-device cpu; a run that has a checkpoint can be resumed.", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
@@ -94,17 +91,17 @@ def fill(args: Any, **defaults: Any) -> Any:
 
 
 def check_range(args: Any, low: float, high: float, *names: str) -> None:
-    """Raises UsageError where one of the arguments `names` is given and not from `low` to `high`."""
+    """Raises UsageError where one of the arguments `names` is not from `low` to `high`."""
     for name in names:
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            raise UsageError(f"--{name.replace('_', '-')} is {value}: give a number of at least {low:g}"
+        if not low <= getattr(args, name) <= high:
+            raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give a number of at least {low:g}"
                              + f" and at most {high:g}" * (high < float("inf")) + ".")
 
 
 def parse_args(Args: type, resolve: Callable, description: str, may_change: tuple[str, ...] = MAY_CHANGE) -> Any:
     """The command line, resolved; with --resume or --evaluate, that run's arguments and what is given beside them."""
     import tyro
+
     args = tyro.cli(Args, description=description.split("\n\n")[0])
     evaluate = getattr(args, "evaluate", None)
     run_dir = args.resume or evaluate
@@ -125,71 +122,22 @@ def parse_args(Args: type, resolve: Callable, description: str, may_change: tupl
 
 
 def read_args(run_dir: Path, Args: type) -> tuple[Any, dict]:
-    """The arguments of the run in a directory, and all of its args.json. Raises UsageError."""
+    """The arguments of the run in a directory, the program's own (under its name) first, and all of its args.json."""
     try:
         facts = json.loads((run_dir / "args.json").read_text())
-        fields = {field.name: facts[field.name] for field in dataclasses.fields(Args) if field.name in facts}
-    except (OSError, ValueError, TypeError) as error:
+        given = facts | facts.get(PROGRAM.stem, {})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"{run_dir} holds no run to continue (args.json: {error}): give a run directory.") from None
     if facts.get("format") != FORMAT:
         raise UsageError(f"{run_dir} was written by another version of this program and cannot be continued: start a "
                          f"new run, or check out commit {facts.get('git_commit')}, which wrote it.")
-    return Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}), facts
-
-
-# ---------------------------------------------------------------------------------------- devices, seeds and speed
-
-
-def choose_device(name: str) -> Any:
-    """The torch device called `name`, made the current one. Raises UsageError if this machine does not have it."""
-    import torch
-    try:
-        device = torch.empty(0, device=("cpu", "cuda")[torch.cuda.is_available()] if name == "auto" else name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"Device '{name}' is not on this machine ({str(error).splitlines()[0]}): give cpu, cuda, "
-                         "cuda:N or auto.") from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # whose streams and graphs are meant
-    return device
+    return Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
+                   if name in Args.__dataclass_fields__}), facts
 
 
 def derived_seed(seed: int, purpose: str, env_step: int = 0) -> int:
     """Independent seeds for every purpose and step, from the run's one seed."""
     return int(np.random.SeedSequence(seed, spawn_key=(*purpose.encode(), env_step)).generate_state(1)[0] >> 1)
-
-
-def compiled(function: Callable) -> Callable:
-    """`function`, compiled at its first call; what cannot be compiled runs as it is, with torch's warning."""
-    import torch
-    torch._dynamo.config.suppress_errors = True
-    # Compiles the backward at once too, where its failure is suppressed as well.
-    torch._functorch.config.force_non_lazy_backward_lowering = True
-    os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # to try the processor's instruction sets takes 8 s
-    return torch.compile(function)
-
-
-def as_cuda_graph(update: Callable[[], dict]) -> Callable[[], dict]:
-    """`update` as one launch in place of thousands: recorded at the fourth call, replayed ever after.
-
-    The first calls run eagerly, beside the main stream as capture asks for. What changes between calls has to lie in
-    tensors that stay in place or in torch's own generator: an optimiser that loads a state later is lost to the graph.
-    """
-    import torch
-    def calls() -> Iterator[dict]:
-        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        for _ in range(3):
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                metrics = update()
-            torch.cuda.current_stream().wait_stream(stream)
-            yield metrics
-        with torch.cuda.graph(graph, stream=stream):
-            metrics = update()
-        while True:
-            graph.replay()
-            yield metrics
-
-    return calls().__next__
 
 
 # ------------------------------------------------------------------------------------------------------------- run
@@ -205,7 +153,7 @@ class Run:
         """Creates nothing. `arguments` stand before --resume in the command that continues, `facts` in args.json."""
         self.args, self.arguments, self.facts = args, arguments, facts
         default = f"runs/{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        self.dir = Path(args.resume or args.run_dir or default)
+        self.dir = self.root = Path(args.resume or args.run_dir or default)
         if not args.resume:
             check_empty(self.dir)
         if args.track and find_spec("wandb") is None:
@@ -229,22 +177,42 @@ class Run:
     @property
     def go_on(self) -> str:
         """The command that continues this run."""
-        return shlex.join(["python", str(PROGRAM), *self.arguments.split(), "--resume", str(self.dir)])
+        return shlex.join(["python", str(PROGRAM), *self.arguments.split(), "--resume", str(self.root)])
 
     def open(self, buffer: Any) -> None:
-        """Claims the directory, with --resume reads the last checkpoint, writes args.json, starts the logs."""
-        self.dir, self.lock = claim(self.dir, self.args)
+        """Claims the directory, with --resume reads the last checkpoint, writes args.json, starts the logs.
+
+        Under torchrun every rank but the first has a directory of its own in it and logs nothing, and they agree on the
+        step of the checkpoint.
+        """
+        import devices
+
+        self.rank, size = rank, _ = devices.join()
+        self.dir, self.lock = (self.dir, None) if rank else claim(self.dir, self.args)
+        self.root = Path(devices.gather(str(self.dir))[0])
+        if rank:
+            self.dir, self.lock = claim(self.root / f"rank{rank}", self.args)
         if self.args.resume:
-            self.state = read_checkpoint(self.dir, buffer)
+            if size != (before := json.loads((self.root / "args.json").read_text())["ranks"]):
+                raise UsageError(f"{self.root} is a run of {before} processes and cannot go on with {size}: start it "
+                                 f"with torchrun --nproc-per-node {before}, or without torchrun for one.")
+            self.state = read_checkpoint(self.dir, buffer, goes_on=True)
+            step = -devices.largest([-self.state.get("env_step", 0)])[0]
+            if step < self.state.get("env_step", 0):  # another rank has lost its newest
+                self.state = read_checkpoint(self.dir, buffer, goes_on=True, at=step)
+            if rank and self.state:  # which only the first rank writes
+                self.state["agent"] = read_checkpoint(self.root, at=step)["agent"]
             self.saved_step = self.state.get("env_step")
+        self.facts["ranks"] = size
         run_id = self._write_args()
         if self.args.track:
             import wandb
+
             wandb.init(project=os.environ.get("WANDB_PROJECT", "brc"), name=self.dir.name, id=run_id, resume="allow",
                        config=dataclasses.asdict(self.args), dir=str(self.dir), sync_tensorboard=True)
         print(f"{self.args.exp_name} in {self.dir}", flush=True)
         self.bar = tqdm(total=self.args.total_steps, initial=self.saved_step or 0, unit="step", dynamic_ncols=True,
-                        miniters=1, mininterval=0.5 if sys.stderr.isatty() else 15)
+                        miniters=1, mininterval=0.5 if sys.stderr.isatty() else 15, disable=rank > 0)
         with survives("metrics.csv"):
             self._read_csv()
         self._append_csv()
@@ -253,49 +221,47 @@ class Run:
     def tensorboard(self) -> Any:
         """The writer; a disk on which it cannot be made now is tried again the next time."""
         from torch.utils.tensorboard import SummaryWriter
+
         return SummaryWriter(str(self.dir / "tensorboard"), purge_step=self.saved_step + 1 if self.saved_step else None)
 
     def _write_args(self) -> str:
         """args.json: the arguments, what else a reader needs to repeat the run, every resume. Returns the run's id."""
         import torch
+
         git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
         gpu = torch.cuda.is_available() and self.args.device != "cpu"
-        facts = {
+        here = {
             "git_commit": commit or None, "command": shlex.join(sys.argv), "threads": torch.get_num_threads(),
             "hardware": torch.cuda.get_device_name() if gpu else f"CPU, {os.cpu_count()} cores",
             "versions": {"python": sys.version.split()[0]} | {x.name: x.version for x in distributions() if x.name},
         }
-        constant = {"format": FORMAT, "run_id": os.urandom(6).hex(), "program": str(PROGRAM.resolve()),
-                    "go_on": self.go_on} | self.facts
+        arguments = dataclasses.asdict(self.args) | {"resume": None, "evaluate": None, "run_dir": str(self.dir)}
         path = self.dir / "args.json"
         if self.args.resume:
-            before = json.loads(path.read_text())
-            constant = {name: before.get(name) for name in constant}
-            resumed = [*before.get("resumed", []), {"env_step": self.saved_step} | facts]
-            facts = {name: before.get(name) for name in facts} | {"resumed": resumed}
-        arguments = dataclasses.asdict(self.args) | {"resume": None, "evaluate": None, "run_dir": str(self.dir)}
-        text = json.dumps(arguments | constant | facts, indent=2) + "\n"
+            facts = json.loads(path.read_text()) | arguments
+            facts["resumed"] = [*facts.get("resumed", []), {"env_step": self.saved_step} | here]
+        else:
+            facts = arguments | {"format": FORMAT, "run_id": os.urandom(6).hex(), "program": str(PROGRAM.resolve()),
+                                 "go_on": self.go_on} | self.facts | here
         try:
-            write_file(path, lambda file: file.write(text.encode()))
+            write_file(path, lambda file: file.write(json.dumps(facts, indent=2).encode() + b"\n"))
         except OSError as error:
             if not self.args.resume:
                 raise UsageError(f"{self.dir} cannot be written ({error}): give another --run-dir.") from None
-        return constant["run_id"]
+        return facts["run_id"]
 
     def _read_csv(self) -> None:
         """Learns which evaluations metrics.csv holds, and cuts what a kill in the midst of one has left at its end."""
         path = self.dir / "metrics.csv"
         data = path.read_bytes() if path.exists() else b""
-        rows = data.splitlines(keepends=True)
         self.evaluated = set(map(int, re.findall(rb",mean,[^,\n]*,score,(\d+),[^,\n]*\n", data)))
-        begun = [] if self.saved_step in self.evaluated else [str(self.saved_step).encode()]
-        while rows and (not rows[-1].endswith(b"\n") or rows[-1].split(b",")[-2:-1] == begun):
-            rows.pop()
-        if rows:
-            os.truncate(path, len(b"".join(rows)))
-        else:
+        begun = -1 if self.saved_step is None or self.saved_step in self.evaluated else self.saved_step
+        whole = re.sub(rb"([^\n]*,%d,[^,\n]*\n)*[^\n]*\Z" % begun, b"", data, count=1)
+        if not whole:
             self.unwritten.append(("exp_name", "env_name", "seed", "metric", "env_step", "value"))
+        if len(whole) < len(data):
+            os.truncate(path, len(whole))
 
     def _append_csv(self) -> None:
         """Writes the rows of metrics.csv that wait to be written: all of them, or none until the next time."""
@@ -314,6 +280,8 @@ class Run:
 
     def log_evaluation(self, results: list[dict], frames: list, env_step: int, embedding: Any) -> None:
         """A row per task and metric, last env_name=mean; a GIF per task; the task embeddings [N, D] or [N, 0]."""
+        if self.rank:
+            return
         means, scalars = suites.mean_result(results), {}
         for task, result in [*zip(self.args.tasks, results, strict=True), ("mean", means)]:
             for metric, value in result.items():
@@ -334,13 +302,15 @@ class Run:
 
     def log(self, scalars: dict[str, float], env_step: int) -> None:
         """Scalars, and the bar's own speed, for TensorBoard."""
-        with survives("TensorBoard's log"):
-            for name, value in (scalars | {"time/env_steps_per_second": self.bar.format_dict["rate"] or 0}).items():
-                self.tensorboard.add_scalar(name, value, env_step)
+        if self.rank == 0:
+            with survives("TensorBoard's log"):
+                for name, value in {"time/env_steps_per_second": self.bar.format_dict["rate"] or 0, **scalars}.items():
+                    self.tensorboard.add_scalar(name, value, env_step)
 
     def save(self, env_step: int, state: dict, buffer: Any) -> None:
         """A checkpoint of `state`, torch's random states and the replay's new rows; on failure warns, and goes on."""
         import torch
+
         self.asked = False
         if env_step == self.saved_step:
             return
@@ -361,22 +331,21 @@ class Run:
 
     def close(self) -> None:
         self.bar.close()
-        with survives("TensorBoard's log"):
-            self.tensorboard.close()
+        if "tensorboard" in vars(self):
+            with survives("TensorBoard's log"):
+                self.tensorboard.close()
 
     def finish(self, env_step: int, results: list[dict]) -> None:
         """The table of the last evaluation; after a signal, what is saved, and the exit code that says so."""
-        last = "There is no checkpoint yet"
-        if self.saved_step is not None:
-            last = f"The last checkpoint is from step {self.saved_step:,}"
+        last = f"Last checkpoint: {'none' if self.saved_step is None else f'step {self.saved_step:,}'}"
         if self.stop:
-            print(f"Stopped by {signal.Signals(self.stop).name} at step {env_step:,}. {last}; to go on: {self.go_on}",
+            print(f"Stopped by {signal.Signals(self.stop).name} at step {env_step:,}. {last}. To go on: {self.go_on}",
                   file=sys.stderr)
             raise SystemExit(128 + self.stop)
         if results:
             print(suites.table(self.args.tasks, results))
         if self.saved_step != env_step:
-            raise RunError(f"{last}, in {self.dir}: that of step {env_step:,} could not be written.")
+            raise RunError(f"The checkpoint of step {env_step:,} could not be written to {self.dir}. {last}.")
 
 
 @contextlib.contextmanager
@@ -462,30 +431,29 @@ def append_replay(folder: Path, buffer: Any, state: dict) -> dict:
 def load_replay(folder: Path, buffer: Any, state: dict) -> None:
     """Reads the kept rows into `buffer.rings`. Raises OSError or ValueError for a file that is short or damaged."""
     import torch
+
     for name, (ring, end, kept) in buffer.rings.items():
-        size = ring[0].nbytes
-        with open(folder / f"{name}.bin", "rb") as file:
-            for first, stop, checksum in state["replay"][name]:
-                if stop <= end - kept:
-                    continue
-                file.seek(first * size)
-                data = bytearray(file.read((stop - first) * size))
-                if zlib.crc32(data) != checksum:
-                    raise ValueError(f"rows {first} to {stop} of {file.name} fail their checksum")
-                rows = torch.frombuffer(data, dtype=ring.dtype).view(stop - first, *ring.shape[1:])
-                index = torch.arange(max(first, end - kept), stop)
-                ring[(index % len(ring)).to(ring.device)] = rows[index - first].to(ring.device)
+        row, path = ring[0].cpu().numpy(), folder / f"{name}.bin"
+        for first, stop, checksum in state["replay"][name]:
+            if stop > end - kept:
+                rows = np.fromfile(path, row.dtype, (stop - first) * row.size, offset=first * row.nbytes)
+                if zlib.crc32(rows) != checksum:
+                    raise ValueError(f"rows {first} to {stop} of {path} fail their checksum")
+                number = np.arange(max(first, end - kept), stop)
+                rows = torch.from_numpy(rows.reshape(-1, *row.shape)[number - first])
+                ring[torch.from_numpy(number % len(ring))] = rows.to(ring.device)
 
 
-def read_checkpoint(run_dir: Path, buffer: Any = None) -> dict:
-    """The newest complete checkpoint of `run_dir`; the previous one takes a damaged one's place.
+def read_checkpoint(run_dir: Path, buffer: Any = None, goes_on: bool = False, at: int | None = None) -> dict:
+    """The newest complete checkpoint of `run_dir`, and its replay into `buffer`; changes nothing in the directory.
 
-    For a run that goes on, loads the replay into `buffer` and the random states; {} if there is no checkpoint yet.
-    Raises UsageError where there is no complete one.
+    For a run that goes on, sets the random states, and puts the previous checkpoint in a damaged one's place; {} if
+    there is none yet. Raises UsageError where there is no complete one.
     """
     import torch
+
     paths, failures = [run_dir / "checkpoint.pt", run_dir / "checkpoint.previous.pt"], []
-    if buffer and not any(path.exists() for path in paths):
+    if goes_on and not any(path.exists() for path in paths):
         print(f"{run_dir} has no checkpoint yet: starting from the beginning.", file=sys.stderr)
         return {}
     for path in paths:
@@ -496,11 +464,14 @@ def read_checkpoint(run_dir: Path, buffer: Any = None) -> dict:
             state = torch.load(path, map_location="cpu", weights_only=True)
             if state.get("format") != FORMAT:
                 raise ValueError("it is of another version of this program")
+            if at is not None and state["env_step"] != at:
+                raise ValueError(f"it is of step {state['env_step']} and not of {at}")
             if buffer:
                 if not state["replay"]:
-                    raise ValueError("it was saved without its replay, and serves --evaluate and transfer.py only")
+                    raise ValueError("it was saved without its replay, which --resume and transfer.py data need")
                 buffer.load_state_dict(state["buffer"])
                 load_replay(run_dir / "replay", buffer, state)
+            if goes_on:
                 torch.set_rng_state(state["random"]["cpu"])
                 if len(state["random"]["cuda"]) == torch.cuda.device_count():  # else the run has changed its machine
                     torch.cuda.set_rng_state_all(state["random"]["cuda"])
@@ -509,7 +480,7 @@ def read_checkpoint(run_dir: Path, buffer: Any = None) -> dict:
             continue
         if failures:
             print(f"{failures[0]}; going on from {path} at step {state['env_step']:,}.", file=sys.stderr)
-            if buffer:  # so that the next checkpoint does not push this one out for the damaged one
+            if goes_on:  # so that the next checkpoint does not push this one out for the damaged one
                 with contextlib.suppress(OSError):  # a read-only disk
                     os.replace(path, paths[0])
         return state

@@ -5,6 +5,7 @@ One file per benchmark. Each defines
     owns(task)          whether a task name belongs to this benchmark
     check(tasks)        optional: raises SuiteError where something to be installed by hand is missing, in milliseconds
     make(task, seed)    one Gymnasium environment of it; its simulator is imported only there
+    GOALS               optional: what `make` takes as `goals`, where a task's goals can be frozen
     score(task, ...)    the paper's normalised score of one episode (or of a mean over episodes)
 
     suites.SUITES["mw"].tasks            the task names of a suite
@@ -13,6 +14,10 @@ One file per benchmark. Each defines
 """
 
 import difflib
+import os
+import signal
+import subprocess
+import sys
 from types import ModuleType
 
 import gymnasium as gym
@@ -21,8 +26,10 @@ from suites import atari, dmc, humanoidbench, metaworld, shadowhand
 from suites.base import Suite, SuiteError
 from suites.results import VIDEO_STRIDE, mean_episode, mean_result, table, write_videos
 
-__all__ = ["BENCHMARKS", "SUITES", "VIDEO_STRIDE", "Suite", "SuiteError", "benchmark", "check", "make",
-           "mean_episode", "mean_result", "resolve", "score", "steps", "table", "write_videos"]
+__all__ = [
+    "BENCHMARKS", "SUITES", "VIDEO_STRIDE", "Suite", "SuiteError", "benchmark", "check", "check_goals",
+    "check_rendering", "make", "mean_episode", "mean_result", "resolve", "score", "steps", "table", "write_videos",
+]  # fmt: skip
 
 # dmc comes last: it owns every remaining `domain-task` name of dm_control.
 BENCHMARKS: tuple[ModuleType, ...] = (metaworld, humanoidbench, shadowhand, atari, dmc)
@@ -45,10 +52,15 @@ def benchmark(task: str) -> ModuleType:
 def resolve(suite: str | None, tasks: tuple[str, ...] | None, split: str) -> tuple[str, ...]:
     """The task names that `--suite`, `--tasks` and `--split` select, in order.
 
-    Explicit task names win over the suite. Raises SuiteError for unknown names, for a split the suite does not have,
-    and for a task given twice.
+    Explicit task names win over the suite; None stands for its own. Raises SuiteError for unknown names, for none, for
+    names joined by commas, for a task given twice, and for a split the suite does not have.
     """
-    if tasks:
+    if tasks is not None:
+        if not tasks:
+            raise SuiteError("--tasks was given without names: name one or more, or leave it out for the suite's.")
+        if any("," in task for task in tasks):
+            names = " ".join(" ".join(tasks).replace(",", " ").split())
+            raise SuiteError(f"Task names are separated by spaces, without commas: --tasks {names}".rstrip() + ".")
         for task in tasks:
             benchmark(task)
         duplicates = sorted({task for task in tasks if tasks.count(task) > 1})
@@ -73,13 +85,66 @@ def check(tasks: tuple[str, ...]) -> None:
             module.check(owned)
 
 
-def make(task: str, seed: int, render_mode: str | None = None) -> gym.Env:
+def check_goals(tasks: tuple[str, ...], goals: str) -> None:
+    """Raises SuiteError if `goals` is not "fresh" and no task has goals to freeze; in a mix, MetaWorld's are frozen."""
+    if goals != "fresh" and not any(hasattr(benchmark(task), "GOALS") for task in tasks):
+        raise SuiteError(f"Goals can be {goals} in MetaWorld's tasks only, and none of these tasks is one of them.")
+
+
+def check_rendering(tasks: tuple[str, ...]) -> None:
+    """Raises SuiteError if no frame of `tasks` can be drawn here, so that a run says so before its first video.
+
+    Draws one of the first task of each benchmark, in a process of its own, which a GL library may crash. Takes seconds.
+    """
+    first = {benchmark(task): task for task in reversed(tasks) if benchmark(task) is not atari}  # Atari needs no GL
+    if not first:
+        return
+    try:
+        process = subprocess.run(
+            [sys.executable, "-P", "-c", "import suites, sys; suites._draw(sys.argv[1:])", *first.values()],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    except subprocess.TimeoutExpired:
+        reason = "OpenGL did not answer within 5 minutes"
+    else:
+        if process.returncode == 0:
+            return
+        reason = (process.stdout.strip() or process.stderr.strip()).rpartition("\n")[2]
+        if process.returncode < 0:
+            reason = f"OpenGL ended in {signal.Signals(-process.returncode).name}"
+    raise SuiteError(
+        f"No frame of {' and '.join(first.values())} can be drawn here ({reason}): set MUJOCO_GL to egl, osmesa or "
+        "glfw, whichever works, or leave out --capture-video."
+    )
+
+
+def _draw(tasks: list[str]) -> None:
+    """Draws a frame of each task and ends the process. Prints why, where that fails."""
+    try:
+        envs = [make(task, 0, render_mode="rgb_array") for task in tasks]
+        for env in envs:
+            env.reset()
+            env.render()
+    except Exception as error:
+        print(error.__cause__ or error, flush=True)
+        os._exit(1)
+    os._exit(0)  # at once: some GL libraries fail when they are left, which matters to nobody
+
+
+def make(task: str, seed: int, render_mode: str | None = None, goals: str = "fresh") -> gym.Env:
     """One environment of `task`: flat float32 Box observation, float32 Box action in [-1, 1]; Atari's are its own.
 
     Its `info["success"]` (0.0 or 1.0) exists where the task defines success. Two environments made with the same seed
-    produce the same episodes. Raises SuiteError, naming what to install, when the simulator is missing.
+    produce the same episodes. goals: "fresh" or, as the authors have MetaWorld's, "frozen"; other tasks have no such
+    goals, and both are the same. Raises SuiteError, naming what to install, when the simulator is missing.
     """
-    return benchmark(task).make(task, seed, render_mode=render_mode)
+    module = benchmark(task)
+    options = {"goals": goals} if hasattr(module, "GOALS") else {}
+    return module.make(task, seed, render_mode=render_mode, **options)
 
 
 def score(task: str, episode_return: float, success: float | None) -> float:

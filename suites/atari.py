@@ -3,7 +3,8 @@
 26 games to train on (Kaiser et al. 2020) and 20 held out for transfer. The ROMs come with ale-py. 100k steps of the
 agent are 400k frames, for each step repeats its action for four of them.
 
-`make` is one game behind Gymnasium's interface; agents train on `Games`, many of them in lockstep.
+There are two environments here. Agents train on `Games`, ale-py's native one, many games in lockstep. `make` is one
+game behind Gymnasium's interface and wrappers: the reference that the tests hold `Games` to.
 """
 
 import re
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import gymnasium as gym
 import numpy as np
 
-from suites.base import Seeded, Suite, SuiteError
+from suites.base import Seeded, Suite, SuiteError, table
 
 TASKS = (
     "Alien", "Amidar", "Assault", "Asterix", "BankHeist", "BattleZone", "Boxing", "Breakout", "ChopperCommand",
@@ -29,56 +30,55 @@ TRANSFER = (
 
 SUITES = {"atari": Suite(tasks=TASKS, steps=100_000, pretrain=TASKS, transfer=TRANSFER)}
 
-# Returns of a random agent and of a human tester, as tabulated in Wang et al. 2016 (dueling networks).
-RETURNS = {
-    # game: (random, human)
-    "Alien": (227.8, 7127.7),
-    "Amidar": (5.8, 1719.5),
-    "Assault": (222.4, 742.0),
-    "Asterix": (210.0, 8503.3),
-    "BankHeist": (14.2, 753.1),
-    "BattleZone": (2360.0, 37187.5),
-    "Boxing": (0.1, 12.1),
-    "Breakout": (1.7, 30.5),
-    "ChopperCommand": (811.0, 7387.8),
-    "CrazyClimber": (10780.5, 35829.4),
-    "DemonAttack": (152.1, 1971.0),
-    "Freeway": (0.0, 29.6),
-    "Frostbite": (65.2, 4334.7),
-    "Gopher": (257.6, 2412.5),
-    "Hero": (1027.0, 30826.4),
-    "Jamesbond": (29.0, 302.8),
-    "Kangaroo": (52.0, 3035.0),
-    "Krull": (1598.0, 2665.5),
-    "KungFuMaster": (258.5, 22736.3),
-    "MsPacman": (307.3, 6951.6),
-    "Pong": (-20.7, 14.6),
-    "PrivateEye": (24.9, 69571.3),
-    "Qbert": (163.9, 13455.0),
-    "RoadRunner": (11.5, 7845.0),
-    "Seaquest": (68.4, 42054.7),
-    "UpNDown": (533.4, 11693.2),
-    "Asteroids": (719.1, 47388.7),
-    "Atlantis": (12850.0, 29028.1),
-    "BeamRider": (363.9, 16926.5),
-    "Berzerk": (123.7, 2630.4),
-    "Bowling": (23.1, 160.7),
-    "Centipede": (2090.9, 12017.0),
-    "DoubleDunk": (-18.6, -16.4),
-    "FishingDerby": (-91.7, -38.7),
-    "Gravitar": (173.0, 3351.4),
-    "IceHockey": (-11.2, 0.9),
-    "NameThisGame": (2292.3, 8049.0),
-    "Pitfall": (-229.4, 6463.7),
-    "Riverraid": (1338.5, 17118.0),
-    "StarGunner": (664.0, 10250.0),
-    "TimePilot": (3568.0, 5229.2),
-    "Tutankham": (11.4, 167.6),
-    "Venture": (0.0, 1187.5),
-    "VideoPinball": (0.0, 17667.9),
-    "WizardOfWor": (563.5, 4756.5),
-    "YarsRevenge": (3092.9, 54576.9),
-}
+# A game, and the returns of a random agent and of a human tester, as tabulated in Wang et al. 2016 (dueling networks).
+RETURNS = table("""
+Alien              227.8    7127.7
+Amidar               5.8    1719.5
+Assault            222.4     742.0
+Asterix            210.0    8503.3
+BankHeist           14.2     753.1
+BattleZone        2360.0   37187.5
+Boxing               0.1      12.1
+Breakout             1.7      30.5
+ChopperCommand     811.0    7387.8
+CrazyClimber     10780.5   35829.4
+DemonAttack        152.1    1971.0
+Freeway              0.0      29.6
+Frostbite           65.2    4334.7
+Gopher             257.6    2412.5
+Hero              1027.0   30826.4
+Jamesbond           29.0     302.8
+Kangaroo            52.0    3035.0
+Krull             1598.0    2665.5
+KungFuMaster       258.5   22736.3
+MsPacman           307.3    6951.6
+Pong               -20.7      14.6
+PrivateEye          24.9   69571.3
+Qbert              163.9   13455.0
+RoadRunner          11.5    7845.0
+Seaquest            68.4   42054.7
+UpNDown            533.4   11693.2
+Asteroids          719.1   47388.7
+Atlantis         12850.0   29028.1
+BeamRider          363.9   16926.5
+Berzerk            123.7    2630.4
+Bowling             23.1     160.7
+Centipede         2090.9   12017.0
+DoubleDunk         -18.6     -16.4
+FishingDerby       -91.7     -38.7
+Gravitar           173.0    3351.4
+IceHockey          -11.2       0.9
+NameThisGame      2292.3    8049.0
+Pitfall           -229.4    6463.7
+Riverraid         1338.5   17118.0
+StarGunner         664.0   10250.0
+TimePilot         3568.0    5229.2
+Tutankham           11.4     167.6
+Venture              0.0    1187.5
+VideoPinball         0.0   17667.9
+WizardOfWor        563.5    4756.5
+YarsRevenge       3092.9   54576.9
+""")
 
 
 def owns(task: str) -> bool:
@@ -86,11 +86,12 @@ def owns(task: str) -> bool:
 
 
 def make(task: str, seed: int, render_mode: str | None = None) -> gym.Env:
-    """The game: observations uint8 [4, 84, 84], grey frames with the newest last; 18 actions; raw rewards.
+    """The game by Gymnasium's wrappers: what `Games`, which agents train on, is tested against.
 
-    No sticky actions; every action lasts four frames, of which the last two are max-pooled; 1 to 30 no-ops after a
-    reset; an episode is a whole game, truncated at 108,000 frames. `info["lives"]` are those left. After a reset the
-    three older frames are zero, as in Dopamine. Raises SuiteError if a package is missing.
+    Observations are uint8 [4, 84, 84], grey frames with the newest last; 18 actions; raw rewards. No sticky actions;
+    every action lasts four frames, of which the last two are max-pooled; 1 to 30 no-ops after a reset; an episode is a
+    whole game, truncated at 108,000 frames. `info["lives"]` are those left. After a reset the three older frames are
+    zero, as in Dopamine. Raises SuiteError if a package is missing.
     """
     try:
         import ale_py
@@ -133,10 +134,13 @@ class Games:
         games.step_async(action); ...; step = games.step_wait()
 
     Frames, rewards, lives and ends equal those of `make`, bit for bit (tests/test_atari_suite.py runs both). They
-    differ in the start, where here 0 to 30 no-ops are drawn and by Gymnasium 1 to 30, and in the time limit, where
-    Gymnasium counts the no-ops' frames among the 108,000 and this does not. In both, the newest frame of an episode's
-    final observation lacks the emulator's very last frame in its maximum. Native, because its threads step beside the
-    updates without worker processes, and at no lower speed: benchmarks/README.md.
+    differ in the time limit, where Gymnasium counts the no-ops' frames among the 108,000 and this does not, and in the
+    no-ops at the start: 1 to 30 frames by Gymnasium, 0 to 29 here, as in the runner that DrQ-eps was released with
+    (Dopamine's eval_run_experiment.py of 2021; atari_100k_runner.py of 2023 draws 0 to 29 steps of four frames).
+    In both environments, the newest frame of an episode's final observation lacks the emulator's very last frame in its
+    maximum, and a lost life ends nothing: Dopamine breaks off the four frames there and has the frame stack, acting and
+    stored, start from zeros. Native, because its threads step beside the updates without worker processes, and at no
+    lower speed: benchmarks/README.md.
 
     max_frames: the time limit of an episode. Raises SuiteError if ale-py is missing.
     """
@@ -159,7 +163,7 @@ class Games:
                 repeat_action_probability=0.0,
                 reward_clipping=False,
                 use_fire_reset=False,
-                noop_max=31,  # one more than the most that are drawn
+                noop_max=30,  # one more than the most that are drawn
                 max_num_frames_per_episode=max_frames,
                 autoreset_mode="SameStep",  # the true final observation is then in info
             )

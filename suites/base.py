@@ -21,8 +21,18 @@ class Suite:
     transfer: tuple[str, ...] = ()
 
 
-class SuiteError(ValueError):
-    """A task or suite that cannot be used; its message is one sentence for the user."""
+class UsageError(ValueError):
+    """Input that cannot be used; its message is one sentence for the user."""
+
+
+class SuiteError(UsageError):
+    """A task or suite that cannot be used."""
+
+
+def table(text: str) -> dict[str, tuple[float, float]]:
+    """A row per line of `text`: a task name and two numbers."""
+    rows = [line.split() for line in text.strip().splitlines()]
+    return {task: (float(first), float(second)) for task, first, second in rows}
 
 
 class Seeded(gym.Wrapper):

@@ -20,50 +20,49 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 
-from suites.base import Camera, Seeded, Suite, SuiteError, missing_file
+from suites.base import Camera, Seeded, Suite, SuiteError, missing_file, table
 
 INSTALL = "git clone https://github.com/carlosferrazza/humanoid-bench && pip install --no-deps -e humanoid-bench"
 
-# Returns of a random agent, and the target above which HumanoidBench counts a task as solved.
-RETURNS = {
-    # task: (random, target)
-    "h1-walk": (2.377, 700.0),
-    "h1-stand": (10.545, 800.0),
-    "h1-run": (2.02, 700.0),
-    "h1-stair": (3.112, 700.0),
-    "h1-crawl": (272.658, 700.0),
-    "h1-pole": (20.09, 700.0),
-    "h1-slide": (3.191, 700.0),
-    "h1-hurdle": (2.214, 700.0),
-    "h1-maze": (106.441, 1200.0),
-    "h1hand-walk": (2.505, 700.0),
-    "h1hand-stand": (11.973, 800.0),
-    "h1hand-run": (1.927, 700.0),
-    "h1hand-stair": (3.161, 700.0),
-    "h1hand-crawl": (278.868, 800.0),
-    "h1hand-pole": (19.721, 700.0),
-    "h1hand-slide": (3.142, 700.0),
-    "h1hand-hurdle": (2.371, 700.0),
-    "h1hand-maze": (106.233, 1200.0),
-    "h1hand-sit_simple": (10.768, 750.0),
-    "h1hand-sit_hard": (2.477, 750.0),
-    "h1hand-balance_simple": (10.17, 800.0),
-    "h1hand-balance_hard": (10.032, 800.0),
-    "h1hand-reach": (-50.024, 12000.0),
-    "h1hand-spoon": (4.661, 650.0),
-    "h1hand-window": (2.713, 650.0),
-    "h1hand-insert_small": (1.653, 350.0),
-    "h1hand-insert_normal": (1.673, 350.0),
-    "h1hand-bookshelf_simple": (16.777, 2000.0),
-    "h1hand-bookshelf_hard": (14.848, 2000.0),
-    "h1hand-truck": (562.419, 3000.0),
-    "h1hand-powerlift": (17.638, 800.0),
-    "h1hand-room": (3.018, 400.0),
-    "h1hand-door": (2.771, 600.0),
-    "h1hand-basketball": (8.979, 1200.0),
-    "h1hand-push": (-526.8, 700.0),
-    "h1hand-cabinet": (37.733, 2500.0),
-}
+# A task, the return of a random agent, and the target above which HumanoidBench counts the task as solved.
+RETURNS = table("""
+h1-walk                     2.377     700.0
+h1-stand                   10.545     800.0
+h1-run                       2.02     700.0
+h1-stair                    3.112     700.0
+h1-crawl                  272.658     700.0
+h1-pole                     20.09     700.0
+h1-slide                    3.191     700.0
+h1-hurdle                   2.214     700.0
+h1-maze                   106.441    1200.0
+h1hand-walk                 2.505     700.0
+h1hand-stand               11.973     800.0
+h1hand-run                  1.927     700.0
+h1hand-stair                3.161     700.0
+h1hand-crawl              278.868     800.0
+h1hand-pole                19.721     700.0
+h1hand-slide                3.142     700.0
+h1hand-hurdle               2.371     700.0
+h1hand-maze               106.233    1200.0
+h1hand-sit_simple          10.768     750.0
+h1hand-sit_hard             2.477     750.0
+h1hand-balance_simple       10.17     800.0
+h1hand-balance_hard        10.032     800.0
+h1hand-reach              -50.024   12000.0
+h1hand-spoon                4.661     650.0
+h1hand-window               2.713     650.0
+h1hand-insert_small         1.653     350.0
+h1hand-insert_normal        1.673     350.0
+h1hand-bookshelf_simple    16.777    2000.0
+h1hand-bookshelf_hard      14.848    2000.0
+h1hand-truck              562.419    3000.0
+h1hand-powerlift           17.638     800.0
+h1hand-room                 3.018     400.0
+h1hand-door                 2.771     600.0
+h1hand-basketball           8.979    1200.0
+h1hand-push                -526.8     700.0
+h1hand-cabinet             37.733    2500.0
+""")
 
 H1 = tuple(f"h1-{name}" for name in "walk stand run stair crawl pole slide hurdle maze".split())
 H1HAND = tuple(

@@ -1,4 +1,8 @@
-"""MetaWorld (Yu et al. 2019), version 3: 50 manipulation tasks of one robot arm, with a new goal every episode."""
+"""MetaWorld (Yu et al. 2019), version 3: 50 manipulation tasks of one robot arm.
+
+What it calls a goal are the places of the objects and of where they have to go. Ours are fresh: drawn at every reset.
+MetaWorld itself draws one when an environment is made and keeps it, and so do the authors: goals="frozen".
+"""
 
 from typing import Any
 
@@ -8,6 +12,7 @@ import numpy as np
 from suites.base import Camera, Suite, SuiteError
 
 EPISODE_STEPS = 200
+GOALS = ("fresh", "frozen")
 
 TASKS = (
     "assembly", "basketball", "bin-picking", "box-close", "button-press-topdown", "button-press-topdown-wall",
@@ -37,19 +42,23 @@ def owns(task: str) -> bool:
     return task in TASKS
 
 
-def make(task: str, seed: int, render_mode: str | None = None) -> gym.Env:
+def make(task: str, seed: int, render_mode: str | None = None, goals: str = "fresh") -> gym.Env:
     """The environment of one task; it never terminates, its episodes are truncated after 200 steps.
 
     Observation (39,): hand, gripper and objects now and one step before, then the goal. Action (4,): the hand's
-    motion, of at most 1 cm along each axis, and the gripper's effort. Raises SuiteError when metaworld is missing.
+    motion, of at most 1 cm along each axis, and the gripper's effort. goals: "fresh" draws one at every reset; "frozen"
+    keeps the one that MetaWorld draws from `seed`, which no later seed changes. Raises SuiteError when metaworld is
+    missing.
     """
+    if goals not in GOALS:
+        raise ValueError(f"goals is '{goals}', which is none of {', '.join(GOALS)}.")
     try:
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE
     except ImportError as error:
         raise SuiteError(f"Task '{task}' needs metaworld ({error}): run pip install -r requirements.txt.") from error
 
     env = ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{task}-v3-goal-observable"](seed=seed, render_mode=render_mode)
-    return gym.wrappers.TimeLimit(MetaWorld(env), EPISODE_STEPS)
+    return gym.wrappers.TimeLimit(MetaWorld(env, goals), EPISODE_STEPS)
 
 
 def score(task: str, episode_return: float, success: float | None) -> float:
@@ -58,13 +67,12 @@ def score(task: str, episode_return: float, success: float | None) -> float:
 
 
 class MetaWorld(gym.Wrapper):
-    """A MetaWorld task with fresh goals, drawn from its seed, and float32 observations."""
+    """A MetaWorld task with float32 observations, whose goals depend on its seed only."""
 
-    def __init__(self, env: Any):
+    def __init__(self, env: Any, goals: str):
         super().__init__(env)
-        # MetaWorld freezes the goal that it drew when it was made, and otherwise draws from the global np.random.
-        env._freeze_rand_vec = False
-        env.seeded_rand_vec = True
+        env._freeze_rand_vec = goals == "frozen"
+        env.seeded_rand_vec = True  # fresh goals are not drawn from the global np.random
         self._camera = Camera(env.model, env.data, camera=env.model.camera("corner2").id)
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (39,), np.float32)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (4,), np.float32)

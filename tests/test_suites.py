@@ -82,12 +82,35 @@ def test_resolve():
     assert suites.resolve("mw", None, "all") == metaworld.TASKS
     assert len(suites.resolve("mw", None, "pretrain")) == 45
     assert suites.resolve("mw", ("swimmer-swimmer6", "reach"), "all") == ("swimmer-swimmer6", "reach")
-    with pytest.raises(SuiteError, match="'reach' was given more than once"):
-        suites.resolve(None, ("reach", "push", "reach"), "all")
-    with pytest.raises(SuiteError, match="Unknown suite 'metaworld'.* mw"):
-        suites.resolve("metaworld", None, "all")
-    with pytest.raises(SuiteError, match="'dmc-dogs' has no pretrain split.* mw"):
-        suites.resolve("dmc-dogs", None, "pretrain")
+    assert suites.resolve("mw", ("push-back",), "pretrain") == ("push-back",)
+
+
+@pytest.mark.parametrize(
+    ("selection", "message"),
+    [
+        ((None, ("reach", "push", "reach"), "all"), "'reach' was given more than once"),
+        (("metaworld", None, "all"), "Unknown suite 'metaworld'.* mw"),
+        (("dmc-dogs", None, "pretrain"), "'dmc-dogs' has no pretrain split.* mw"),
+        (("mw", (), "all"), "--tasks was given without names"),
+        (("mw", ("reach,push",), "all"), "separated by spaces, .*: --tasks reach push."),
+        (("mw", ("reach,", "walker-run"), "all"), "separated by spaces, .*: --tasks reach walker-run."),
+        (("mw", ("reach, push,",), "all"), "separated by spaces, .*: --tasks reach push."),
+    ],
+)
+def test_resolve_refuses(selection, message):
+    with pytest.raises(SuiteError, match=message):
+        suites.resolve(*selection)
+
+
+def test_goals_are_frozen_only_where_there_are_some():
+    suites.check_goals(("reach", "walker-run"), "frozen")
+    suites.check_goals(("walker-run",), "fresh")
+    with pytest.raises(SuiteError, match="frozen in MetaWorld's tasks only"):
+        suites.check_goals(("walker-run", "h1-walk", "Pong"), "frozen")
+    with pytest.raises(ValueError, match="'freezing', which is none of fresh, frozen"):
+        suites.make("reach", 0, goals="freezing")
+    first, second = (suites.make("cheetah-run", 0, goals=goals).reset()[0] for goals in ("fresh", "frozen"))
+    np.testing.assert_array_equal(first, second)
 
 
 def test_budget_is_that_of_the_largest_task():
@@ -122,9 +145,10 @@ EVERY_TASK = metaworld.TASKS + dmc.TASKS_30 + suites.SUITES["dmc-dogs"].tasks + 
 OTHER_DMC = ("quadruped-escape", "lqr-lqr_2_1", "humanoid_CMU-walk", "swimmer-swimmer15")
 
 
-def dims(task: str) -> tuple[int, int]:
-    env = suites.make(task, seed=0)
-    return env.observation_space.shape[0], env.action_space.shape[0]
+DIMS = dict.fromkeys(metaworld.TASKS, (39, 4)) | {
+    "dog-run": (223, 38), "humanoid-run": (67, 21), "reacher-three_easy": (8, 3), "reacher-three_hard": (8, 3),
+    "walker-walk_backwards": (24, 6), "cheetah-jump": (17, 6),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("task", EVERY_TASK + OTHER_DMC)
@@ -132,6 +156,9 @@ def test_contract(task):
     env = suites.make(task, seed=0)
     assert isinstance(env.observation_space, gym.spaces.Box) and env.observation_space.dtype == np.float32
     assert env.action_space == gym.spaces.Box(-1.0, 1.0, env.action_space.shape, np.float32)
+    dims = env.observation_space.shape + env.action_space.shape
+    assert dims == DIMS.get(task, dims)
+    assert task not in suites.SUITES["mw-dmc"].tasks or (dims[0] <= 39 and dims[1] <= 6)
     obs, _ = env.reset()
     assert env.observation_space.contains(obs)
     obs, reward, terminated, truncated, info = env.step(np.ones(env.action_space.shape, np.float32))
@@ -142,19 +169,6 @@ def test_contract(task):
         assert type(info["success"]) is float
     else:
         assert "success" not in info
-
-
-@pytest.mark.parametrize(
-    ("task", "expected"),
-    [("assembly", (39, 4)), ("dog-run", (223, 38)), ("humanoid-run", (67, 21)), ("reacher-three_easy", (8, 3)),
-     ("reacher-three_hard", (8, 3)), ("walker-walk_backwards", (24, 6)), ("cheetah-jump", (17, 6))],
-)  # fmt: skip
-def test_dimensions(task, expected):
-    assert dims(task) == expected
-
-
-def test_mw_dmc_is_padded_to_39_and_6():
-    assert tuple(np.max([dims("reach"), *(dims(task) for task in dmc.TASKS_30)], axis=0)) == (39, 6)
 
 
 @pytest.mark.parametrize(
@@ -187,19 +201,42 @@ def test_episodes_are_truncated_at_their_length(task, length):
 
 
 @pytest.mark.parametrize("task", ["reach", "cheetah-jump"])
-def test_frames_are_drawn_lazily(task):
-    env = suites.make(task, seed=0, render_mode="rgb_array")
-    env.reset()
+def test_frames_are_drawn_lazily_where_the_check_allows_it(task):
     try:
-        frame = env.render()
+        suites.check_rendering(("Pong", task))
     except SuiteError as error:
         pytest.skip(str(error))
+    env = suites.make(task, seed=0, render_mode="rgb_array")
+    env.reset()
+    frame = env.render()
     assert frame.shape == (480, 480, 3) and frame.dtype == np.uint8 and frame.std() > 10
     assert frame.flags.c_contiguous
     for _ in range(10):
         env.step(np.ones(env.action_space.shape, np.float32))
     assert (env.render() != frame).any()
     env.close()
+
+
+@pytest.mark.parametrize(
+    ("setting", "library", "reason"),
+    [("nonsense", "", "'?nonsense"), ("glfw", "", ""), ("egl", "raise ImportError('none here')", "none here"),
+     ("egl", "import os; os.abort()", "SIGABRT")],
+)  # fmt: skip
+@pytest.mark.skipif(sys.platform != "linux", reason="these backends are Linux's")
+def test_a_machine_that_cannot_draw_is_told_so(setting, library, reason, monkeypatch, tmp_path):
+    if library:  # in place of PyOpenGL
+        (tmp_path / "OpenGL.py").write_text(library)
+        monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("MUJOCO_GL", setting)
+    for display in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(display, raising=False)
+    with pytest.raises(SuiteError, match=f"No frame of reach can be drawn here .*{reason}.*: set MUJOCO_GL to egl"):
+        suites.check_rendering(("reach", "push"))
+
+
+def test_games_need_no_opengl(monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "nonsense")
+    suites.check_rendering(("Pong", "Breakout"))
 
 
 # -------------------------------------------------------------------------------------------------- MetaWorld
