@@ -331,6 +331,9 @@ class Run:
                                f"checkpoint is from step {self.saved_step}; to go on from there: {self.go_on}")
 
     def close(self) -> None:
+        """Ends the logs, and lets go of the directory."""
+        if self.lock:
+            self.lock.close()
         self.bar.close()
         if "tensorboard" in vars(self):
             with survives("TensorBoard's log"):

@@ -1,16 +1,18 @@
-"""brc_sac.py as a user runs it: whole, tiny runs on real tasks, and every way of being refused."""
+"""The scripts as a user runs them: whole, tiny runs on real tasks, streams that fail, and every way of being refused."""
 
 import csv
 import dataclasses
 import json
 import math
 import os
+import pty
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,33 +21,25 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import brc_sac
+from conftest import ROOT, SMALL
 
-SCRIPT = Path(brc_sac.__file__)
-SMALL = ("--width 32 --actor-width 16 --batch-size 32 --learning-starts 50 --total-steps 250 --eval-interval 100 "
-         "--eval-episodes 1 --log-interval 50 --device cpu")
+SCRIPT = ROOT / "brc_sac.py"
+TINY = ("--width 32 --actor-width 16 --batch-size 32 --learning-starts 50 --total-steps 250 --eval-interval 100 "
+        "--eval-episodes 1 --log-interval 50 --device cpu")
 EVALUATED = (100, 200, 250)  # every interval, and the end
-METAWORLD = f"--tasks reach drawer-close {SMALL}"  # episodes of 200 steps: one ends within the run
+METAWORLD = f"--tasks reach drawer-close {TINY}"  # episodes of 200 steps: one ends within the run
 # Run name -> arguments. "single" goes where runs go by default; "again" must not differ, however its tasks are stepped.
 RUNS = {
-    "metaworld": f"{METAWORLD} --variant paper --run-dir metaworld",
-    "again": f"{METAWORLD} --variant paper --run-dir again --workers 2",
-    "other-seed": f"{METAWORLD} --variant paper --run-dir other-seed --seed 1",
-    "dmc": f"--tasks cartpole-swingup reacher-easy {SMALL} --variant release --run-dir dmc",
-    "single": f"--tasks drawer-close {SMALL} --variant release --no-overlap",
+    "metaworld": f"{METAWORLD} --variant paper --run-dir metaworld --workers 2",
+    "again": f"{METAWORLD} --variant paper --run-dir again --workers 0 --exp-name again",
+    "dmc": f"--tasks cartpole-swingup reacher-easy {TINY} --variant release --run-dir dmc --seed 1",
+    "single": f"--tasks drawer-close {TINY} --variant release --goals fresh --no-overlap",
 }
-LEARNING = ("metaworld", "dmc", "single")
 
 
-def command(arguments: str) -> list[str]:
-    return [sys.executable, str(SCRIPT), *arguments.split()]
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1"}  # several runs share the cores
-
-
-def brc(arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(command(arguments), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300)
+def brc(arguments: str, cwd: Path, script: Path = SCRIPT, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(script), *shlex.split(arguments)], cwd=cwd, env=os.environ | env,
+                          capture_output=True, text=True, timeout=300)
 
 
 @dataclasses.dataclass
@@ -67,69 +61,51 @@ class Run:
         return {(row["env_name"], row["metric"], int(row["env_step"])): float(row["value"]) for row in self.metrics}
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> dict[str, Run]:
-    cwd = tmp_path_factory.mktemp("end-to-end")
-    with ThreadPoolExecutor(2) as pool:
-        done = dict(zip(RUNS, pool.map(lambda arguments: brc(arguments, cwd), RUNS.values())))
-    for name, process in done.items():
-        assert process.returncode == 0, f"{name}: {process.stderr}"
-    paths = {name: cwd / name for name in RUNS}
-    (paths["single"],) = (cwd / "runs").iterdir()
-    return {name: Run(paths[name], done[name].stdout) for name in RUNS}
+def run_of(name: str, cwd: Path) -> Run:
+    process = brc(RUNS[name], cwd)
+    assert process.returncode == 0, process.stderr
+    return Run(cwd / name if name != "single" else next((cwd / "runs").iterdir()), process.stdout)
 
 
-def test_the_default_run_directory_is_named_after_experiment_seed_and_time(runs):
-    assert re.fullmatch(r"brc_sac-drawer-close-release__0__\d{8}-\d{6}", runs["single"].path.name)
-
-
-@pytest.mark.parametrize("name", LEARNING)
-def test_args_json_holds_the_resolved_arguments_and_their_surroundings(runs, name):
-    args = runs[name].args
+@pytest.mark.parametrize("name", ["metaworld", "dmc", "single"])
+def test_a_run_leaves_its_arguments_metrics_checkpoint_logs_and_table(name, tmp_path):
+    run = run_of(name, tmp_path)
+    args, values = run.args, run.values()
     fields = {field.name for field in dataclasses.fields(brc_sac.Args)}
     assert fields <= args.keys() and {"git_commit", "hardware", "versions"} <= args.keys()
     assert args["versions"]["torch"] == torch.__version__ and "mujoco" in args["versions"]
     tasks, variant = {"metaworld": (["reach", "drawer-close"], "paper"), "single": (["drawer-close"], "release"),
                       "dmc": (["cartpole-swingup", "reacher-easy"], "release")}[name]
     expected = dict(tasks=tasks, variant=variant, width=32, batch_size=32, total_steps=250, checkpoint_interval=100,
-                    gamma=0.99, seed=0, overlap=name != "single", exp_name=f"brc_sac-{'-'.join(tasks)}-{variant}")
+                    gamma=0.99, seed=int(name == "dmc"), overlap=name != "single",
+                    exp_name=f"brc_sac-{'-'.join(tasks)}-{variant}")
     assert {key: args[key] for key in expected} == expected
+    if name == "single":
+        assert re.fullmatch(r"brc_sac-drawer-close-release__0__\d{8}-\d{6}", run.path.name)
 
-
-@pytest.mark.parametrize("name", LEARNING)
-def test_metrics_csv_holds_every_task_and_the_mean_once_per_evaluation(runs, name):
-    run, values = runs[name], runs[name].values()
     header = (run.path / "metrics.csv").read_text().splitlines()[0]
     assert header == "exp_name,env_name,seed,metric,env_step,value"
-    tasks, metrics = run.args["tasks"], ["return", "score"] + ["success"] * (name != "dmc")
-    expected = {(task, metric, step) for task in [*tasks, "mean"] for metric in metrics for step in EVALUATED}
-    assert values.keys() == expected and len(run.metrics) == len(expected)
-    assert {(row["exp_name"], row["seed"]) for row in run.metrics} == {(run.args["exp_name"], "0")}
-    assert all(math.isfinite(value) for value in values.values())
-    for metric in metrics:
-        for step in EVALUATED:
+    metrics = ["return", "score"] + ["success"] * (name != "dmc")
+    keys = {(task, metric, step) for task in [*tasks, "mean"] for metric in metrics for step in EVALUATED}
+    assert values.keys() == keys and len(run.metrics) == len(keys)
+    assert {(row["exp_name"], row["seed"]) for row in run.metrics} == {(args["exp_name"], str(args["seed"]))}
+    for step in EVALUATED:
+        for metric in metrics:
             mean = np.mean([values[task, metric, step] for task in tasks])
-            assert values["mean", metric, step] == pytest.approx(mean, rel=1e-4)
-    for task in tasks:
-        for step in EVALUATED:
-            if name == "dmc":
-                assert values[task, "score", step] == pytest.approx(values[task, "return", step] / 1000, rel=1e-4)
-            else:
-                assert values[task, "score", step] == values[task, "success", step] in (0, 1)
+            assert math.isfinite(mean) and values["mean", metric, step] == pytest.approx(mean, rel=1e-4)
+        for task in tasks:
+            score = values[task, "return", step] / 1000 if name == "dmc" else values[task, "success", step]
+            assert values[task, "score", step] == pytest.approx(score, rel=1e-4)
 
+    assert torch.load(run.path / "checkpoint.pt", weights_only=True)["env_step"] == 250
+    assert {file.name for file in run.path.iterdir()} == {"args.json", "metrics.csv", "checkpoint.pt", "lock", "replay",
+                                                          "checkpoint.previous.pt", "tensorboard"}
+    rows = {line.split()[0]: line.split() for line in run.stdout.splitlines() if line.split()}
+    for task in [*tasks, "mean"]:
+        assert float(rows[task][1]) == pytest.approx(values[task, "return", 250], abs=0.051)
+        assert float(rows[task][-1]) == pytest.approx(values[task, "score", 250], abs=6e-4)
 
-def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(runs):
-    text = {name: (runs[name].path / "metrics.csv").read_bytes() for name in ("metaworld", "again", "other-seed")}
-    assert text["metaworld"] == text["again"]
-    first, other = runs["metaworld"].values(), runs["other-seed"].values()
-    assert first.keys() == other.keys()
-    assert all(first[task, "return", step] != other[task, "return", step]
-               for task in ("reach", "drawer-close") for step in EVALUATED)
-
-
-@pytest.mark.parametrize("name", LEARNING)
-def test_tensorboard_holds_losses_scales_and_the_same_evaluations(runs, name):
-    run = runs[name]
+    # TensorBoard: losses, scales, embeddings and the same evaluations.
     events = EventAccumulator(str(run.path / "tensorboard"), size_guidance={"scalars": 0}).Reload()
 
     def scalars(tag: str) -> dict[int, float]:
@@ -139,150 +115,93 @@ def test_tensorboard_holds_losses_scales_and_the_same_evaluations(runs, name):
         logged = scalars(f"train/{tag}")
         assert list(logged) == [100, 150, 200, 250] and all(map(math.isfinite, logged.values()))
     assert scalars("train/temperature")[250] != scalars("train/temperature")[100]
-    assert all(speed > 0 for speed in scalars("time/env_steps_per_second").values())
     for (task, metric, step), value in run.values().items():
         assert scalars(f"eval_{metric}/{task}")[step] == pytest.approx(value, rel=1e-4, abs=1e-6)
     for task in run.args["tasks"]:
         scales = scalars(f"return_scale/{task}")
-        assert math.isinf(scales[150])
         # The first of MetaWorld's episodes ended at step 200; dm_control's last for 1000.
-        assert math.isinf(scales[250]) if name == "dmc" else scales[250] > 0
+        assert math.isinf(scales[150]) and math.isinf(scales[250]) == (name == "dmc")
+    if name != "single":
+        latest = max((run.path / "tensorboard").glob("*/*/tensors.tsv"), key=lambda path: int(path.parts[-3]))
+        vectors = np.loadtxt(latest)
+        assert int(latest.parts[-3]) == 250 and vectors.shape == (2, 32)
+        np.testing.assert_allclose(np.linalg.norm(vectors, 2 - (name == "metaworld"), axis=-1), 1, rtol=1e-3)
+        assert (latest.parent / "metadata.tsv").read_text().split() == run.args["tasks"]
 
 
-@pytest.mark.parametrize(("name", "order"), [("metaworld", 1), ("dmc", 2)])
-def test_the_projector_shows_the_task_embeddings(runs, name, order):
-    folder = runs[name].path / "tensorboard"
-    assert "tensors.tsv" in (folder / "projector_config.pbtxt").read_text()
-    latest = max(folder.glob("*/*/tensors.tsv"), key=lambda path: int(path.parts[-3]))
-    assert int(latest.parts[-3]) == 250
-    vectors = np.loadtxt(latest)
-    assert vectors.shape == (2, 32)
-    np.testing.assert_allclose(np.linalg.norm(vectors, order, axis=-1), 1, rtol=1e-3)
-    assert (latest.parent / "metadata.tsv").read_text().split() == runs[name].args["tasks"]
-
-
-@pytest.mark.parametrize("name", LEARNING)
-def test_a_run_leaves_a_checkpoint_and_nothing_temporary(runs, name):
-    path = runs[name].path
-    assert torch.load(path / "checkpoint.pt", weights_only=True)["env_step"] == 250
-    assert any((path / "replay").iterdir())
-    names = {file.name for file in path.iterdir()} - {"videos", "replay", "tensorboard"}
-    assert names == {"args.json", "metrics.csv", "checkpoint.pt", "checkpoint.previous.pt"}
-    assert all(file.suffix == ".pt" for file in (path / "replay").iterdir())
-
-
-@pytest.mark.parametrize("name", LEARNING)
-def test_the_run_ends_with_a_table_of_tasks(runs, name):
-    run, values = runs[name], runs[name].values()
-    rows = {line.split()[0]: line.split() for line in run.stdout.splitlines() if line.split()}
-    for task in [*run.args["tasks"], "mean"]:
-        assert float(rows[task][1]) == pytest.approx(values[task, "return", 250], abs=0.051)
-        assert float(rows[task][-1]) == pytest.approx(values[task, "score", 250], abs=6e-4)
-    assert "device cpu" in run.stdout and "parameters" in run.stdout and "replay" in run.stdout
-
-
-def test_evaluate_prints_what_the_run_found_last(runs):
-    run, before = runs["metaworld"], (runs["metaworld"].path / "metrics.csv").read_bytes()
-    process = brc(f"--evaluate {run.path}", run.path.parent)
+def test_the_same_seed_gives_the_same_metrics_in_any_number_of_workers_and_at_evaluate(tmp_path):
+    run, again = run_of("metaworld", tmp_path), run_of("again", tmp_path)
+    text = [(path / "metrics.csv").read_text() for path in (run.path, again.path)]
+    assert text[0].replace("brc_sac-reach-drawer-close-paper", "again") == text[1]
+    before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*")}
+    process = brc(f"--evaluate {run.path}", tmp_path)
     assert process.returncode == 0, process.stderr
     rows = {line.split()[0]: line.split() for line in process.stdout.splitlines() if line.split()}
     for task in ("reach", "drawer-close", "mean"):
         assert float(rows[task][1]) == pytest.approx(run.values()[task, "return", 250], abs=0.051)
-    assert (run.path / "metrics.csv").read_bytes() == before
+    assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*")} == before
 
 
-def kill_when(arguments: str, cwd: Path, exists: Path) -> None:
-    """Starts a run, and ends it with SIGKILL as soon as a file is there."""
-    process = subprocess.Popen(command(arguments), cwd=cwd, env=environment(), stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not exists.exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-
-
-def test_a_killed_run_resumes_and_misses_nothing(runs, tmp_path):
-    path = tmp_path / "killed"
-    kill_when(f"{METAWORLD} --run-dir killed", tmp_path, path / "args.json")  # before it has anything to go on from
-    kill_when("--resume killed", tmp_path, path / "checkpoint.pt")  # at step 100, which is not evaluated yet
-    resumed = brc("--resume killed", tmp_path)
+def test_a_copy_of_the_script_in_a_folder_with_spaces_is_a_program_of_its_own(tmp_path):
+    folder = tmp_path / "my 'ideas'"
+    folder.mkdir()
+    shutil.copy(SCRIPT, folder / "my_idea.py")
+    arguments = f"{METAWORLD} --workers 0 --total-steps 60 --log-interval 10 --run-dir 'a run'"
+    env = {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    script = folder / "my_idea.py"
+    program = subprocess.Popen([sys.executable, str(script), *shlex.split(arguments)], cwd=folder, env=os.environ | env,
+                               stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    while "a run" not in program.stdout.readline():
+        assert program.poll() is None, program.stderr.read()
+    program.send_signal(signal.SIGTERM)
+    _, err = program.communicate(timeout=120)
+    assert program.returncode in (128 + signal.SIGTERM, 0), err
+    facts = json.loads((folder / "a run/args.json").read_text())
+    assert facts["exp_name"] == "my_idea-reach-drawer-close-paper" and facts["program"] == str(script)
+    assert err.strip().endswith(f"To go on: {facts['go_on']}")
+    resumed = subprocess.run(facts["go_on"], shell=True, cwd=folder, env=os.environ | env, capture_output=True, text=True)
     assert resumed.returncode == 0, resumed.stderr
-    run, uninterrupted = Run(path, resumed.stdout), runs["metaworld"].values()
-    values = run.values()
-    assert len(run.metrics) == len(values), "a step appears twice"
-    assert values.keys() == uninterrupted.keys()
-    # The agent of step 100 came back as it was. After that the environments' new episodes make another run of it.
-    for key in uninterrupted:
-        if key[2] == 100:
-            assert values[key] == uninterrupted[key]
-    assert torch.load(path / "checkpoint.pt", weights_only=True)["env_step"] == 250
-    assert not [file for file in path.rglob("*") if file.suffix == ".tmp" or ".new" in file.name]
+    assert "my_idea-reach-drawer-close-paper,mean" in (folder / "a run/metrics.csv").read_text()
+    other = brc("--resume 'a run'", folder)
+    assert other.returncode == 2 and other.stderr == (f"brc_sac.py: a run is not a run of brc_sac.py: to go on with it, "
+                                                      f"{facts['go_on']}\n")
 
 
-def test_overlap_changes_the_updates_and_not_the_trajectories(tmp_path, monkeypatch):
-    """The same actions lead to the same replay, whether the updates run while the environments step or after it."""
-
-    def act(learner, obs):
-        return np.random.default_rng(learner.env_step).uniform(-1, 1, (2, 4)).astype(np.float32)
-
-    monkeypatch.setattr(brc_sac.Learner, "act", act)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    rows = {}
-    for overlap in (True, False):
-        args = brc_sac.Args(tasks=("reach", "drawer-close"), width=16, actor_width=8, batch_size=8,
-                            learning_starts=20, total_steps=60, eval_interval=60, eval_episodes=1, device="cpu",
-                            workers=2, overlap=overlap, run_dir=str(tmp_path / str(overlap)))
-        args = brc_sac.resolve(args)
-        brc_sac.train(args)
-        learner = brc_sac.Learner(args, 39, 4, torch.device("cpu"), torch.device("cpu"))
-        brc_sac.load_checkpoint(Path(args.run_dir), learner)
-        rows[overlap] = learner.buffer.export(np.zeros(2, np.int64))
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    real = rows[True]["transition"] >= 0  # the others hold an observation only
-    assert real.sum() == 120
-    for name in rows[True]:
-        assert torch.equal(rows[True][name][real], rows[False][name][real]), name
+# ---------------------------------------------------------------------------------------------------------- faults
 
 
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+LONG = ("--tasks reach drawer-close --width 32 --actor-width 16 --batch-size 32 --learning-starts 150 "
+        "--total-steps 1000000 --eval-interval 200000 --eval-episodes 1 --checkpoint-interval 100 --device cpu "
+        "--no-compile --workers 2 --run-dir run")
 
 
-def assert_gone(pids: list[int]) -> None:
+def assert_gone(pids: list[str]) -> None:
     deadline = time.monotonic() + 30
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
-LONG = ("--tasks reach drawer-close --width 32 --actor-width 16 --batch-size 32 --learning-starts 150 "
-        "--total-steps 1000000 --eval-interval 2000 --eval-episodes 1 --checkpoint-interval 100 --device cpu "
-        "--compile False")
-
-
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
-def test_a_killed_worker_ends_the_run_after_a_checkpoint(tmp_path):
-    process = subprocess.Popen(command(f"{LONG} --workers 2 --run-dir run"), cwd=tmp_path, env=environment(),
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("victim", ["worker", "run"])
+def test_a_killed_worker_ends_the_run_after_a_checkpoint_and_a_killed_run_its_workers(tmp_path, victim):
+    process = subprocess.Popen([sys.executable, str(SCRIPT), *LONG.split()], cwd=tmp_path, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True)
     path, deadline = tmp_path / "run" / "checkpoint.previous.pt", time.monotonic() + 120
     while not path.exists():  # the second checkpoint
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-    workers = children(process.pid)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(workers) == 4  # two to train, two to evaluate
-    os.kill(workers[1], signal.SIGKILL)
+    os.kill(int(workers[1]) if victim == "worker" else process.pid, signal.SIGKILL)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 1, stderr
-    stopped = re.search(r"the environments of drawer-close was killed by SIGKILL .*\nStopped at step ([\d,]+)\. "
-                        r"To go on: python brc_sac.py --resume run\n", stderr)
-    assert stopped and "Traceback" not in stderr, stderr
     assert_gone(workers)
-    step = int(stopped[1].replace(",", ""))
-    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["env_step"] == step
-    resumed = brc(f"--resume run --total-steps {step + 10}", tmp_path)
+    step = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["env_step"]
+    if victim == "worker":
+        assert process.returncode == 1 and "Traceback" not in stderr, stderr
+        assert re.search(rf"the environments of drawer-close was killed by SIGKILL .*\nStopped at step {step:,}\. "
+                         rf"To go on: python {re.escape(str(SCRIPT))} --resume run\n", stderr), stderr
+    resumed = brc(f"--resume run --total-steps {step + 10} --workers 0", tmp_path)
     assert resumed.returncode == 0, resumed.stderr
 
 
@@ -294,7 +213,7 @@ class Failing(gym.Wrapper):
     steps = 0
     def step(self, action):
         self.steps += 1
-        if self.steps == 500:
+        if self.steps == 300:
             raise ZeroDivisionError("the simulator is unwell")
         return self.env.step(action)
 
@@ -306,74 +225,161 @@ original, metaworld.make = metaworld.make, make
 """
 
 
-def test_an_environment_that_raises_at_step_500_is_named_after_a_checkpoint(tmp_path):
+def test_an_environment_that_raises_is_named_after_a_checkpoint(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(FAILING)  # in the run and in its workers, however they are started
-    paths = os.pathsep.join([str(tmp_path), str(SCRIPT.parent)])
-    process = subprocess.Popen(command(f"{LONG} --workers 2 --checkpoint-interval 2000 --run-dir run"),
-                               cwd=tmp_path, env=environment() | {"PYTHONPATH": paths}, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.PIPE, text=True)
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 1, stderr
+    process = brc(LONG, tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    assert process.returncode == 1, process.stderr
     for text in ("The environment of task 'drawer-close' failed in step, at step 100 of its episode.",
                  "Traceback (most recent call last)", 'raise ZeroDivisionError("the simulator is unwell")',
-                 "Stopped at step 499. To go on: python brc_sac.py --resume run"):
-        assert text in stderr
-    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["env_step"] == 499
+                 f"Stopped at step 299. To go on: python {SCRIPT} --resume run"):
+        assert text in process.stderr
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["env_step"] == 299
 
 
-def files_under(folder: Path) -> set[Path]:
-    return set(folder.rglob("*"))
+# --------------------------------------------------------------------------------------------------------- streams
 
 
-def assert_refused(process: subprocess.CompletedProcess, message: str) -> None:
-    """Exit code 2, and one sentence on stderr that says what was given and what to do."""
-    assert process.returncode == 2, process.stderr
-    assert process.stdout == ""
-    (line,) = process.stderr.splitlines()
-    assert line.startswith("brc_sac.py: ") and re.search(message, line)
+ON_TOYS = """
+import runpy, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import conftest, suites
+suites.make = lambda task, seed, render_mode=None, **_: conftest.Pendulum()
+sys.argv[:] = [{script!r}, *sys.argv[1:]]
+runpy.run_path({script!r}, run_name="__main__")
+"""
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("--suite nonsense", "Unknown suite 'nonsense': .*demo"),
-        ("--tasks reach draw-close", "Unknown task 'draw-close': did you mean drawer-close"),
-        ("--tasks reach --width -4", "--width is -4"),
-        ("--tasks reach Pong", "Pong is an Atari game.*leave the games out, or use brc_drq.py"),
-        ("--resume nowhere", "nowhere holds no run"),
-        pytest.param("--tasks reach --device cuda", "Device 'cuda' is not on this machine: give cpu",
-                     marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")),
-        ("--tasks reach --device quantum", "Device 'quantum' is not on this machine: give cpu"),
-    ],
-)
-def test_bad_arguments_end_in_one_sentence_and_create_nothing(arguments, message, tmp_path):
-    assert_refused(brc(arguments, tmp_path), message)
-    assert not files_under(tmp_path)
+@pytest.fixture
+def toys(tmp_path) -> list[str]:
+    """The command of a small run on toy tasks, in a process of its own with an interpreter that ends as it does."""
+    (tmp_path / "toys.py").write_text(ON_TOYS.format(root=str(ROOT), tests=str(ROOT / "tests"), script=str(SCRIPT)))
+    return [sys.executable, "toys.py", *SMALL["brc_sac"].split(), "--run-dir", "run"]
 
 
-def test_a_run_directory_that_holds_another_run_is_left_alone(tmp_path):
-    other = tmp_path / "taken" / "metrics.csv"
-    other.parent.mkdir()
-    other.write_text("somebody's results\n")
-    assert_refused(brc(f"{METAWORLD} --run-dir taken", tmp_path), "taken already holds files: .*--resume taken")
-    assert files_under(tmp_path) == {other.parent, other} and other.read_text() == "somebody's results\n"
+@pytest.mark.parametrize("shell", ["> /dev/full 2>&1", ">&-", ">&- 2>&- <&-", "2>&1 | head -1", "| true"])
+def test_a_run_whose_output_nobody_takes_ends_well(toys, tmp_path, shell):
+    pipe = "; exit ${PIPESTATUS[0]}"
+    process = subprocess.run(["bash", "-c", f"{shlex.join(toys)} {shell}{pipe}"], cwd=tmp_path, capture_output=True,
+                             text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    assert "Exception" not in process.stderr and "Traceback" not in process.stderr and "Errno" not in process.stderr
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["env_step"] == 80
+    assert (tmp_path / "run" / "metrics.csv").read_text().count("mean,0,score") == 4
 
 
-def test_what_a_run_learned_with_cannot_change_at_resume(runs):
-    path = runs["metaworld"].path
-    before = {file: file.stat().st_mtime_ns for file in files_under(path)}
-    assert_refused(brc(f"--resume {path} --width 64", path.parent), "--width is 32 .*cannot become 64")
-    assert {file: file.stat().st_mtime_ns for file in files_under(path)} == before
+def test_a_run_goes_on_when_its_terminal_goes_away(toys, tmp_path):
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(["nohup", *toys], cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs,
+                               start_new_session=True)
+    os.close(theirs)
+    while b"run" not in os.read(ours, 1000):
+        pass
+    os.close(ours)
+    assert process.wait(timeout=120) == 0
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["env_step"] == 80
+
+
+@pytest.mark.parametrize("script", sorted(str(path.relative_to(ROOT)) for folder in ("", "benchmarks", "ablations")
+                                          for path in (ROOT / folder).glob("*.py")
+                                          if "__main__" in path.read_text() and path.name != "harness.py"))
+def test_help_may_be_cut_short(script, tmp_path):
+    command = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / script))} --help | head -1; exit ${{PIPESTATUS[0]}}"
+    process = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+                             env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert process.stdout.startswith("usage:") and process.stderr == "" and process.returncode == 0
+    assert not list(tmp_path.iterdir())
 
 
 def test_help_lists_the_flags_without_importing_torch_or_a_simulator(tmp_path):
     process = subprocess.run([sys.executable, "-X", "importtime", str(SCRIPT), "--help"], cwd=tmp_path,
                              capture_output=True, text=True, timeout=60)
     assert process.returncode == 0
-    for flag in ("--suite", "--tasks", "--split", "--width", "--seed", "--total-steps", "--variant", "--run-dir",
-                 "--device", "--replay-device", "--resume", "--track", "--capture-video"):
-        assert re.search(rf"(?<![\w-]){flag}(?![\w-])", process.stdout), flag
+    for field in dataclasses.fields(brc_sac.Args):
+        assert re.search(rf"(?<![\w-])--(no-)?{field.name.replace('_', '-')}(?![\w-])", process.stdout), field.name
     imported = {line.rpartition("|")[2].strip() for line in process.stderr.splitlines()}
     assert "suites" in imported  # the check itself works
     assert not imported & {"torch", "mujoco", "dm_control", "metaworld", "tensorboard", "wandb"}
-    assert not files_under(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+BOUNDS = [
+    *((name, value, "at least 1") for value in (0, -3) for name in (
+        "width", "total_steps", "eval_interval", "eval_episodes", "log_interval", "checkpoint_interval", "batch_size",
+        "updates_per_step", "learning_starts", "buffer_size", "critic_depth", "actor_depth", "actor_width",
+        "embedding_dim")),
+    ("num_atoms", 1, "2"), ("seed", -1, "0"), ("workers", -1, "0"), ("gamma", 1.0, ""), ("gamma", -0.1, "0"),
+    ("gamma", float("nan"), "0"), ("tau", 1.5, "1"), ("tau", -0.5, "0"), ("weight_decay", -1e-4, "0"),
+    ("learning_rate", 0.0, ""), ("learning_rate", float("nan"), ""), ("learning_rate", float("inf"), ""),
+    ("v_max", -10.0, ""), ("v_max", float("inf"), ""), ("init_temperature", 0.0, ""),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "bound"), BOUNDS)
+def test_every_number_has_its_range(name, value, bound):
+    with pytest.raises(brc_sac.UsageError) as refusal:
+        brc_sac.resolve(brc_sac.Args(**{name: value}))
+    assert re.match(rf"--{name.replace('_', '-')} is {value}: give [^\n]*{bound}.*\.$", str(refusal.value))
+
+
+REFUSED = {
+    "--suite nonsense": "Unknown suite 'nonsense': .*demo",
+    "--tasks reach draw-close": "Unknown task 'draw-close': did you mean drawer-close",
+    "--tasks reach walker-run reach": "'reach' was given more than once",
+    "--tasks reach Pong": "Pong is an Atari game.*leave the games out, or use brc_drq.py",
+    "--suite dmc-dogs --split pretrain": "'dmc-dogs' has no pretrain split",
+    "--tasks reach --width -4": "--width is -4",
+    "--tasks reach --total-steps 300 --learning-starts 300": "With --total-steps 300 and --learning-starts 300 nothing",
+    "--resume nowhere": "nowhere holds no run",
+    "--evaluate nowhere": "nowhere holds no run",
+    "--tasks reach --device quantum": "Device 'quantum' is not on this machine .*: give cpu",
+    "--tasks reach --device cuda:99": "Device 'cuda:99' is not on this machine",
+    "--tasks reach --track": "--track needs W&B, which is not installed",
+}
+
+
+@pytest.mark.parametrize("arguments", REFUSED)
+def test_bad_arguments_end_in_one_sentence_and_create_nothing(sac, monkeypatch, arguments):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr("harness.find_spec", lambda name: None)
+    assert re.search(REFUSED[arguments], sac.refused(arguments))
+    assert {path.name for path in sac.folder.iterdir()} == {"out", "err"} and sac.out == ""
+
+
+@pytest.mark.parametrize("arguments", ["--wdith 64", "--tasks reach --width wide", "--variant both", "reach"])
+def test_what_is_no_argument_is_refused(sac, arguments):
+    assert sac.run(arguments) == 2 and "Traceback" not in sac.err
+    assert {path.name for path in sac.folder.iterdir()} == {"out", "err"}
+
+
+def test_an_error_comes_before_torch_is_imported(tmp_path):
+    process = brc("--tasks reahc", tmp_path, PYTHONPROFILEIMPORTTIME="1")
+    assert process.returncode == 2 and "did you mean reach" in process.stderr.splitlines()[-1]
+    assert "torch" not in process.stderr and not list(tmp_path.iterdir())
+
+
+def test_what_a_run_learned_with_cannot_change_at_resume(program):
+    assert program.run(f"{SMALL[program.name]} --total-steps 25 --run-dir run") == 0, program.err
+    before = {file: file.stat().st_mtime_ns for file in (program.folder / "run").rglob("*")}
+    resume = program.refused("--resume run --batch-size 64")
+    assert "--batch-size is 8 in run and cannot become 64: beside --resume only --total-steps, --device" in resume
+    assert "--eval-episodes" not in resume and "--resume," not in resume and "--workers" in resume or program.name != "brc_sac"
+    assert "--eval-episodes is 1 in run and cannot become 3" in program.refused("--resume run --eval-episodes 3")
+    evaluate = program.refused("--evaluate run --batch-size 64")
+    assert "beside --evaluate only" in evaluate and ", --eval-episodes may change." in evaluate
+    assert program.run("--evaluate run --eval-episodes 3") == 0 and "3 episodes" in program.out, program.err
+    assert {file: file.stat().st_mtime_ns for file in (program.folder / "run").rglob("*")} == before
+
+
+@pytest.mark.parametrize("held", ["metrics.csv", ".hidden", "replay/rows.bin", "lock"])
+def test_a_new_run_takes_no_directory_that_holds_files(program, held):
+    path = program.folder / "taken it" / held
+    path.parent.mkdir(parents=True)
+    path.write_text("" if held == "lock" else "somebody's results")
+    arguments = f"{SMALL[program.name]} --total-steps 25 --run-dir 'taken it'"
+    if held == "lock":  # of a run that never began
+        assert program.run(arguments) == 0, program.err
+    else:
+        assert "taken it already holds files: .*--resume 'taken it'".split(".*")[1] in program.refused(arguments)
+        assert path.read_text() == "somebody's results" and len(list((program.folder / "taken it").iterdir())) == 1
