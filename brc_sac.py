@@ -775,7 +775,8 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
             run.check_finite({"action": action}, env_step)
             # step, and update while the simulators work: the newest transition is sampled a step later
             envs.step_async(action)
-            learning = env_step >= args.learning_starts
+            # a pretrained critic would unlearn from the rewards of 0 before the first episode has given a return scale
+            learning = env_step >= args.learning_starts and not (start.acts and np.isinf(normalizer.return_max).any())
             if learning and args.overlap:
                 metrics = updates()
             result = envs.step_wait()
