@@ -125,16 +125,17 @@ def parse_args(Args: type, resolve: Callable, description: str, may_change: tupl
 
 
 def read_args(run_dir: Path, Args: type) -> tuple[Any, dict]:
-    """The arguments of the run in a directory, and all of its args.json. Raises UsageError."""
+    """The arguments of the run in a directory, the program's own (under its name) first, and all of its args.json."""
     try:
         facts = json.loads((run_dir / "args.json").read_text())
-        fields = {field.name: facts[field.name] for field in dataclasses.fields(Args) if field.name in facts}
-    except (OSError, ValueError, TypeError) as error:
+        given = facts | facts.get(PROGRAM.stem, {})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"{run_dir} holds no run to continue (args.json: {error}): give a run directory.") from None
     if facts.get("format") != FORMAT:
         raise UsageError(f"{run_dir} was written by another version of this program and cannot be continued: start a "
                          f"new run, or check out commit {facts.get('git_commit')}, which wrote it.")
-    return Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}), facts
+    return Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
+                   if name in Args.__dataclass_fields__}), facts
 
 
 # ---------------------------------------------------------------------------------------- devices, seeds and speed
@@ -235,7 +236,7 @@ class Run:
         """Claims the directory, with --resume reads the last checkpoint, writes args.json, starts the logs."""
         self.dir, self.lock = claim(self.dir, self.args)
         if self.args.resume:
-            self.state = read_checkpoint(self.dir, buffer)
+            self.state = read_checkpoint(self.dir, buffer, goes_on=True)
             self.saved_step = self.state.get("env_step")
         run_id = self._write_args()
         if self.args.track:
@@ -477,15 +478,15 @@ def load_replay(folder: Path, buffer: Any, state: dict) -> None:
                 ring[(index % len(ring)).to(ring.device)] = rows[index - first].to(ring.device)
 
 
-def read_checkpoint(run_dir: Path, buffer: Any = None) -> dict:
-    """The newest complete checkpoint of `run_dir`; the previous one takes a damaged one's place.
+def read_checkpoint(run_dir: Path, buffer: Any = None, goes_on: bool = False) -> dict:
+    """The newest complete checkpoint of `run_dir`, and its replay into `buffer`; changes nothing in the directory.
 
-    For a run that goes on, loads the replay into `buffer` and the random states; {} if there is no checkpoint yet.
-    Raises UsageError where there is no complete one.
+    For a run that goes on, sets the random states, and puts the previous checkpoint in a damaged one's place; {} if
+    there is none yet. Raises UsageError where there is no complete one.
     """
     import torch
     paths, failures = [run_dir / "checkpoint.pt", run_dir / "checkpoint.previous.pt"], []
-    if buffer and not any(path.exists() for path in paths):
+    if goes_on and not any(path.exists() for path in paths):
         print(f"{run_dir} has no checkpoint yet: starting from the beginning.", file=sys.stderr)
         return {}
     for path in paths:
@@ -498,9 +499,10 @@ def read_checkpoint(run_dir: Path, buffer: Any = None) -> dict:
                 raise ValueError("it is of another version of this program")
             if buffer:
                 if not state["replay"]:
-                    raise ValueError("it was saved without its replay, and serves --evaluate and transfer.py only")
+                    raise ValueError("it was saved without its replay, which --resume and transfer.py data need")
                 buffer.load_state_dict(state["buffer"])
                 load_replay(run_dir / "replay", buffer, state)
+            if goes_on:
                 torch.set_rng_state(state["random"]["cpu"])
                 if len(state["random"]["cuda"]) == torch.cuda.device_count():  # else the run has changed its machine
                     torch.cuda.set_rng_state_all(state["random"]["cuda"])
@@ -509,7 +511,7 @@ def read_checkpoint(run_dir: Path, buffer: Any = None) -> dict:
             continue
         if failures:
             print(f"{failures[0]}; going on from {path} at step {state['env_step']:,}.", file=sys.stderr)
-            if buffer:  # so that the next checkpoint does not push this one out for the damaged one
+            if goes_on:  # so that the next checkpoint does not push this one out for the damaged one
                 with contextlib.suppress(OSError):  # a read-only disk
                     os.replace(path, paths[0])
         return state
