@@ -362,6 +362,8 @@ class Run:
 
     def close(self) -> None:
         self.bar.close()
+        if self.lock:
+            self.lock.close()  # transfer.py goes on here in the same process
         with survives("TensorBoard's log"):
             self.tensorboard.close()
 
