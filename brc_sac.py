@@ -169,10 +169,10 @@ def resolve(args: Args) -> Args:
     args = harness.fill(dataclasses.replace(args, tasks=tasks), **defaults)
     args = harness.fill(args, eval_interval=max(1, args.total_steps // 20), workers=default_workers(tasks))
     args = harness.fill(args, checkpoint_interval=args.eval_interval)
-    harness.check_range(args, 1, math.inf, "width", "total_steps", "eval_interval", "eval_episodes", "log_interval",
+    harness.check_range(args, 1, math.inf, "width", "eval_interval", "eval_episodes", "log_interval",
                         "checkpoint_interval", "updates_per_step", "batch_size", "learning_starts", "buffer_size",
                         "critic_depth", "actor_depth", "actor_width", "embedding_dim")
-    harness.check_range(args, 0, math.inf, "seed", "workers", "weight_decay")
+    harness.check_range(args, 0, math.inf, "seed", "workers", "weight_decay", "total_steps")  # 0: to evaluate alone
     harness.check_range(args, 2, math.inf, "num_atoms")
     harness.check_range(args, 1e-12, 1e6, "learning_rate", "v_max", "init_temperature")
     harness.check_range(args, 0, 0.99999, "gamma")

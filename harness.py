@@ -331,13 +331,13 @@ class Run:
                                f"checkpoint is from step {self.saved_step}; to go on from there: {self.go_on}")
 
     def close(self) -> None:
-        """Ends the logs, and lets go of the directory."""
-        if self.lock:
-            self.lock.close()
+        """Ends the logs, and lets go of the directory: transfer.py goes on in the same process."""
         self.bar.close()
         if "tensorboard" in vars(self):
             with survives("TensorBoard's log"):
                 self.tensorboard.close()
+        if self.lock:
+            self.lock.close()
 
     def finish(self, env_step: int, results: list[dict]) -> None:
         """The table of the last evaluation; after a signal, what is saved, and the exit code that says so."""

@@ -82,6 +82,32 @@ def panels(curves: Curves) -> dict[str, dict[str, dict]]:
     return result
 
 
+def embedding_map(root: Path, folders: dict[str, Path], embeddings: tuple[str, ...]) -> None:
+    """A table and a heat map of transfer.py's trials: a row per new task, a column per pretrained embedding."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    scores = []
+    for folder in folders.values():
+        with open(folder / "candidates.csv", newline="") as file:
+            trials = {row["embedding"]: float(row["score"]) for row in csv.DictReader(file)}
+        scores.append([trials[name] for name in embeddings])
+    with open(root / "embedding_map.csv", "w", newline="") as file:
+        rows = [[task, *row] for task, row in zip(folders, scores, strict=True)]
+        csv.writer(file, lineterminator="\n").writerows([["task", *embeddings], *rows])
+    figure, axes = plt.subplots(figsize=(2 + 0.3 * len(embeddings), 2 + 0.3 * len(folders)), layout="constrained")
+    image = axes.imshow(scores, aspect="auto", cmap="viridis")
+    axes.set_xticks(range(len(embeddings)), embeddings, rotation=90)
+    axes.set_yticks(range(len(folders)), list(folders))
+    axes.set_xlabel("embedding of the pretraining task")
+    figure.colorbar(image, label="score on the new task")
+    figure.savefig(root / "embedding_map.png", dpi=100)
+    plt.close(figure)
+    print(f"The score of every embedding on every new task is in {root}/embedding_map.csv and .png.")
+
+
 def main(args: Args) -> None:
     import matplotlib
 
