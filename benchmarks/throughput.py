@@ -269,7 +269,7 @@ KINDS = {  # the first one that is in a kernel's name
 def kernels(case: Case, device: torch.device) -> list[dict]:
     """What ten calls run: name, kind, runs and milliseconds in one update, longest first; on a CPU, torch's operations.
 
-    Products that take a quarter of the longest one's time or more are the `large` ones.
+    Products that take a quarter of the time of the long ones (the 95 % quantile) or more are the `large` ones.
     """
     gpu = device.type == "cuda"
     activity = torch.profiler.ProfilerActivity
@@ -282,11 +282,12 @@ def kernels(case: Case, device: torch.device) -> list[dict]:
               for event in trace.events() if (event.device_type == torch.autograd.DeviceType.CUDA) == gpu]
     kind_of = {name: next((kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE)),
                           "the rest") for name in dict(events)}
-    longest = max((time for name, time in events if kind_of[name] == "matrix products"), default=0)
+    products = sorted(time for name, time in events if kind_of[name] == "matrix products")
+    long = products[int(0.95 * len(products))] if products else 0
     rows: dict[tuple, list] = {}
     for name, microseconds in events:
         kind = kind_of[name]
-        large = "large " * (kind == "matrix products" and microseconds >= longest / 4)
+        large = "large " * (kind == "matrix products" and microseconds >= long / 4)
         row = rows.setdefault((name, large + kind), [0, 0.0])
         row[0] += 1 / (10 * case.count)
         row[1] += 1e-3 * microseconds / (10 * case.count)
