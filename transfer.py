@@ -166,6 +166,8 @@ ARGS = harness.exit_on_error(harness.parse_args, *PARSE) if __name__ == "__main_
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+import devices  # noqa: E402
+
 # ----------------------------------------------------------------------------------------------------- pretraining
 
 
@@ -184,7 +186,7 @@ def load_pretrained(args: Args) -> Pretrained:
     """Reads --checkpoint, and changes nothing there. Raises UsageError."""
     run_dir, (tasks, program), embeddings, prior = Path(args.checkpoint), read_facts(args.checkpoint), {}, None
     sys.path.insert(0, str(program.resolve().parent))  # as when it ran itself
-    module, device = importlib.import_module(program.stem), harness.choose_device(args.device)
+    module, device = importlib.import_module(program.stem), devices.choose_device(args.device)
     if not hasattr(module, "Agent"):  # an ablation, which has replaced something in it
         module = getattr(module, "brc_sac", None) or module.brc_drq
     old, state = harness.read_args(run_dir, module.Args)[0], harness.read_checkpoint(run_dir)
@@ -200,7 +202,7 @@ def load_pretrained(args: Args) -> Pretrained:
     if args.uses_replay:
         n_step = (old.gamma, old.n_step) if hasattr(old, "n_step") else ()  # brc_drq.py
         prior = module.ReplayBuffer(num_tasks, *space, min(old.buffer_size, old.total_steps), *n_step,
-                                    harness.choose_device(args.replay_device or args.device))
+                                    devices.choose_device(args.replay_device or args.device))
         harness.read_checkpoint(run_dir, prior)
         prior.end_episodes(np.array([], int))  # makes what was read known to `sample`
     for name, network in {"critic": agent.critic, "target": agent.target}.items() if rows else ():
@@ -442,8 +444,8 @@ def main(args: Args | None = None) -> list[dict[str, float]]:
     print(f"Transitions of each new task: {one.total_steps:,} in all; {args.spent:,} were to try pretrained embeddings "
           f"on, {args.tunes * args.transitions_per_candidate:,} to try the tuned one.")
     if args.full_map:
-        from benchmarks import transfer_report
-        transfer_report.embedding_map(root, folders, pretrained.old.tasks)
+        from benchmarks import report
+        report.embedding_map(root, folders, pretrained.old.tasks)
     return results
 
 

@@ -27,6 +27,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import devices  # noqa: E402
 import harness  # noqa: E402
 from harness import UsageError  # noqa: E402
 
@@ -69,7 +70,7 @@ def load_run(run_dir: Path, device: str) -> tuple:
     args, _ = harness.read_args(run_dir, program.Args)
     args = dataclasses.replace(args, compile=False, precision="fp32")
     obs_dim, act_dim, num_tasks, num_embeddings = harness.read_checkpoint(run_dir)["agent"]["sizes"]
-    device = harness.choose_device(device)
+    device = devices.choose_device(device)
     agent = program.Agent(args, obs_dim, act_dim, num_tasks, num_embeddings, device)
     normalizer = program.ReturnNormalizer(args, max(num_tasks, num_embeddings), act_dim, device)
     buffer = program.ReplayBuffer(num_tasks, obs_dim, act_dim, min(args.buffer_size, args.total_steps))

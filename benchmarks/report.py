@@ -298,6 +298,19 @@ def draw_map(path: Path, tasks: Sequence[str], embeddings: Sequence[str], scores
     save(figure, path)
 
 
+def embedding_map(root: Path, folders: dict[str, Path], embeddings: Sequence[str]) -> None:
+    """Table and heat map of transfer.py's trials, which lie in a folder per new task."""
+    scores = []
+    for folder in folders.values():
+        with open(folder / "candidates.csv", newline="") as file:
+            trials = {row["embedding"]: float(row["score"]) for row in csv.DictReader(file)}
+        scores.append([trials[name] for name in embeddings])
+    with open(root / "embedding_map.csv", "w", newline="") as file:
+        rows = [[task, *row] for task, row in zip(folders, scores, strict=True)]
+        csv.writer(file, lineterminator="\n").writerows([["task", *embeddings], *rows])
+    draw_map(root / "embedding_map.png", list(folders), embeddings, scores)
+
+
 def pyplot() -> Any:
     import matplotlib
 

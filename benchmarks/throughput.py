@@ -38,6 +38,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import brc_sac  # noqa: E402
+import devices  # noqa: E402
 import harness  # noqa: E402
 import suites  # noqa: E402
 from benchmarks.env_steps import hardware  # noqa: E402
@@ -177,7 +178,7 @@ def sac(run: brc_sac.Args, obs_dim: int, act_dim: int, device: torch.device) -> 
                      for network in (agent.critic, agent.actor))
     sizes = [sum(p.numel() for p in network.parameters()) for network in (agent.critic, agent.actor)]
     graph = run.cuda_graph and device.type == "cuda"
-    return Case(harness.as_cuda_graph(updates) if graph else updates, run.updates_per_step,
+    return Case(devices.as_cuda_graph(updates) if graph else updates, run.updates_per_step,
                 2 * run.batch_size * (6 * critic + 4 * actor), 40 * sizes[0] + 28 * sizes[1], 2 * sizes[0] + sizes[1],
                 (agent, normalizer, buffer))
 
@@ -415,7 +416,7 @@ def write(args: Args, facts: dict, rows: list[dict]) -> None:
 
 def main(args: Args | None = None) -> None:
     args = args or tyro.cli(Args, description=__doc__.split("\n\n")[0])
-    device = harness.choose_device(args.device)
+    device = devices.choose_device(args.device)
     if args.cuda_graph and (device.type != "cuda" or args.agent == "drq"):
         raise harness.UsageError(f"--cuda-graph is for sac on an NVIDIA GPU, and this is {args.agent} on {device}: "
                                  "leave it out.")
