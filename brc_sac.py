@@ -186,7 +186,7 @@ def resolve(args: Args) -> Args:
 
 
 # Parsed before torch is imported, so that --help and a mistyped name answer at once.
-ARGS = harness.exit_on_error(harness.parse_args, Args, resolve, __doc__) if __name__ == "__main__" else None
+ARGS = harness.exit_on_error(harness.parse_args, Args, resolve) if __name__ == "__main__" else None
 
 import torch  # noqa: E402
 import torch.nn as nn  # noqa: E402
@@ -883,7 +883,7 @@ def evaluate_run(args: Args) -> list[dict]:
 
 def main(args: Args | None = None) -> list[dict]:
     """The program: its command line, or `args`."""
-    args = args or harness.parse_args(Args, resolve, __doc__)
+    args = args or harness.parse_args(Args, resolve)
     return evaluate_run(args) if args.evaluate else train(args)
 
 

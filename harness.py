@@ -98,18 +98,20 @@ def check_range(args: Any, low: float, high: float, *names: str) -> None:
                              + f" and at most {high:g}" * (high < float("inf")) + ".")
 
 
-def parse_args(Args: type, resolve: Callable, description: str, may_change: tuple[str, ...] = MAY_CHANGE) -> Any:
+def parse_args(Args: type, resolve: Callable, may_change: tuple[str, ...] = MAY_CHANGE) -> Any:
     """The command line, resolved; with --resume or --evaluate, that run's arguments and what is given beside them."""
     import tyro
 
-    args = tyro.cli(Args, description=description.split("\n\n")[0])
+    args = tyro.cli(Args, description=(sys.modules["__main__"].__doc__ or "").split("\n\n")[0])
     evaluate = getattr(args, "evaluate", None)
     run_dir = args.resume or evaluate
     if not run_dir:
         return resolve(args)
     saved, facts = read_args(Path(run_dir), Args)
-    if args.resume and Path(facts["program"]).name != PROGRAM.name:
-        raise UsageError(f"{run_dir} is not a run of {PROGRAM.name}: to go on with it, {facts['go_on']}")
+    owner = Path(facts["program"] if args.resume else facts.get("agent", facts["program"]))  # transfer.py's is another
+    if owner.name != PROGRAM.name:
+        command = facts["go_on"] if args.resume else shlex.join(["python", str(owner), "--evaluate", run_dir])
+        raise UsageError(f"{run_dir} is a run of {owner.name}, and this is {PROGRAM.name}: {command}")
     args = tyro.cli(Args, default=saved)
     may_change = [name for name in may_change + ("eval_episodes",) * bool(evaluate) if hasattr(args, name)]
     for field in dataclasses.fields(Args):

@@ -160,7 +160,7 @@ def read_facts(checkpoint: str) -> tuple[tuple[str, ...], Path]:
 
 
 # Parsed before torch is imported, so that --help and a mistyped name answer at once. A checkpoint may have moved.
-PARSE = Args, resolve, __doc__, (*harness.MAY_CHANGE, "checkpoint")
+PARSE = Args, resolve, (*harness.MAY_CHANGE, "checkpoint")
 ARGS = harness.exit_on_error(harness.parse_args, *PARSE) if __name__ == "__main__" else None
 
 import torch  # noqa: E402

@@ -66,7 +66,7 @@ def load_program(path: Path) -> ModuleType:
 def load_run(run_dir: Path, device: str) -> tuple:
     """Arguments, agent, normaliser, replay and step of the last checkpoint, in eager float32. Raises UsageError."""
     _, facts = harness.read_args(run_dir, Args)
-    program = load_program(Path(facts["program"]))
+    program = load_program(Path(facts.get("agent", facts["program"])))
     args, _ = harness.read_args(run_dir, program.Args)
     args = dataclasses.replace(args, compile=False, precision="fp32")
     obs_dim, act_dim, num_tasks, num_embeddings = harness.read_checkpoint(run_dir)["agent"]["sizes"]
