@@ -45,8 +45,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import brc_sac
+import harness
 
-VARIANT = "release"  # the vectors come from the authors' code
+RELEASE = {"variant": "release", "embedding_norm": "l2"}  # the vectors come from the authors' code
 STEPS = ["critic", "Polyak", "actor", "temperature", "end"]  # of an update, in this order
 ADAMW = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 1e-4}
 # How far an update whose matrix products are rounded to 8 or 11 bits may be off: L2 error over L2 norm of each tensor,
@@ -212,21 +213,21 @@ def named_parameters(agent: brc_sac.Agent) -> dict[str, torch.nn.Parameter]:
     return parameters | {"log_temp": agent.log_temperature}
 
 
-def fresh_agent(vectors: Vectors, device: str = "cpu", **fast) -> brc_sac.Agent:
+def fresh_agent(vectors: Vectors, device: str = "cpu", precision: str = "fp32", compile: bool = False) -> brc_sac.Agent:
     """An agent of the file's sizes, freshly initialised; whatever is not a size has the agent's own default."""
     init = vectors.names("init/")
     tasks = vectors["init/critic.embedding"].shape if "critic.embedding" in init else (1, 32)
     depth = {net: sum(name.startswith(f"{net}.block") and name.endswith("dense1.bias") for name in init)
              for net in ("critic.0", "actor")}
     args = brc_sac.Args(
-        variant=VARIANT, width=len(vectors["init/critic.0.dense0.bias"]), critic_depth=depth["critic.0"],
+        **RELEASE, width=len(vectors["init/critic.0.dense0.bias"]), critic_depth=depth["critic.0"],
         actor_width=len(vectors["init/actor.dense0.bias"]), actor_depth=depth["actor"], embedding_dim=tasks[1],
         batch_size=vectors["batch/observations"].shape[1], num_atoms=len(vectors["init/critic.0.out.bias"]),
-        v_max=float(vectors["cfg/v_max"]), **fast,
+        v_max=float(vectors["cfg/v_max"]), precision=precision, compile=compile,
     )
     torch.manual_seed(0)
     sizes = vectors["batch/observations"].shape[-1], vectors["batch/actions"].shape[-1], tasks[0]
-    return brc_sac.Agent(args, *sizes, device)
+    return brc_sac.Agent(args, *sizes, device=device)
 
 
 def load_parameters(agent: brc_sac.Agent, vectors: Vectors) -> None:
@@ -479,7 +480,7 @@ def check_settings(vectors: Vectors, agent: brc_sac.Agent) -> list[Row]:
     settings = {
         "cfg/discount": agent.args.gamma, "cfg/tau": agent.args.tau, "cfg/target_entropy": agent.target_entropy,
         "cfg/num_bins": len(agent.critic.atoms), "cfg/v_max": agent.critic.atoms[-1].item(),
-        "cfg/num_tasks": agent.num_tasks, "cfg/act_dim": agent.act_dim,
+        "cfg/num_tasks": agent.num_tasks, "cfg/act_dim": agent.sizes[1],
         "cfg/obs_dim": vectors["batch/next_observations"].shape[-1],
         "cfg/width_critic": agent.critic.members[0][0].dense0.out_features,
         "cfg/width_actor": agent.actor.body.dense0.out_features, "cfg/batch": len(masks[0]),
@@ -533,7 +534,7 @@ def check_initialisers(vectors: Vectors, agent: brc_sac.Agent) -> list[Row]:
              for name, x in fresh.items() if name.startswith("target.")]
     rows.append(compare("fresh agent/temperature", agent.temperature.item(), 0.1, 1e-7))
     if agent.num_tasks > 1:  # a table long enough to tell the standard deviation to 1 %
-        many = brc_sac.TaskEmbedding(4096, agent.args.embedding_dim, VARIANT).weight.detach().numpy()
+        many = brc_sac.TaskEmbedding(4096, agent.args.embedding_dim, "l2").weight.detach().numpy()
         rows.append(check_normal("fresh embedding of 4096 tasks", many))
     return rows
 
@@ -550,7 +551,7 @@ def check_normal(name: str, table: np.ndarray) -> Row:
 def observe_adamw(vectors: Vectors, case: str) -> dict[str, Tensor]:
     """A scripted sequence of gradients through the agent's optimiser."""
     parameter = torch.nn.Parameter(vectors.tensor(f"{case}/param0"))
-    args = brc_sac.Args(variant=VARIANT, learning_rate=float(vectors[f"{case}/lr"]))
+    args = brc_sac.Args(**RELEASE, learning_rate=float(vectors[f"{case}/lr"]))
     optimizer = brc_sac.make_adamw([parameter], args)
     steps = []
     for gradient in vectors.tensor(f"{case}/grads"):
@@ -561,7 +562,7 @@ def observe_adamw(vectors: Vectors, case: str) -> dict[str, Tensor]:
 
 def observe_temperature(vectors: Vectors) -> dict[str, Tensor]:
     log_temperature = torch.nn.Parameter(vectors.tensor("temp/log_temp0"))
-    optimizer = brc_sac.make_temperature_adam(log_temperature, brc_sac.Args(variant=VARIANT))
+    optimizer = brc_sac.make_temperature_adam(log_temperature, brc_sac.Args(**RELEASE))
     target_entropy, losses, steps = float(vectors["temp/target_entropy"]), [], []
     for entropy in vectors.tensor("temp/entropies"):
         loss = brc_sac.temperature_loss(log_temperature, entropy, target_entropy)
@@ -573,7 +574,7 @@ def observe_temperature(vectors: Vectors) -> dict[str, Tensor]:
 
 def observe_layers(vectors: Vectors) -> dict[str, Tensor]:
     norm = brc_sac.layer_norm(vectors["layernorm/x"].shape[-1])
-    embedding = brc_sac.TaskEmbedding(*vectors["embedding/table"].shape, VARIANT)
+    embedding = brc_sac.TaskEmbedding(*vectors["embedding/table"].shape, "l2")
     with torch.no_grad():
         norm.weight.copy_(vectors.tensor("layernorm/scale"))
         norm.bias.copy_(vectors.tensor("layernorm/bias"))
@@ -594,8 +595,8 @@ def observe_projection(vectors: Vectors, atoms: Tensor) -> dict[str, Tensor]:
 def check_units(vectors: Vectors) -> list[Row]:
     cases = sorted({name.split("/")[0] for name in vectors.arrays if name.endswith("/param0")})
     v_max = float(vectors["projection/v_max"])
-    args = brc_sac.Args(variant=VARIANT, width=1, num_atoms=len(vectors["projection/bins"]), v_max=v_max)
-    atoms = brc_sac.Critic(args, obs_dim=1, act_dim=1, num_tasks=1).atoms
+    args = brc_sac.Args(**RELEASE, width=1, num_atoms=len(vectors["projection/bins"]), v_max=v_max)
+    atoms = brc_sac.Critic(args, obs_dim=1, act_dim=1, num_embeddings=0).atoms
 
     def observe() -> dict[str, Tensor]:
         values = observe_temperature(vectors) | observe_layers(vectors) | observe_projection(vectors, atoms)
@@ -621,7 +622,7 @@ def check_units(vectors: Vectors) -> list[Row]:
 def observe_normalizer(vectors: Vectors) -> dict[str, Tensor]:
     rewards, act_dim = vectors["rewards"], int(vectors["act_dim"])
     steps, num_tasks = rewards.shape
-    args = brc_sac.Args(variant=VARIANT, v_max=float(vectors["v_max"]))
+    args = brc_sac.Args(**RELEASE, v_max=float(vectors["v_max"]))
     normalizer = brc_sac.ReturnNormalizer(args, num_tasks, act_dim)
     buffer = brc_sac.ReplayBuffer(num_tasks, obs_dim=1, act_dim=act_dim, capacity=2 * steps)
     batch_rewards, task_ids = vectors.tensor("batch_rewards"), vectors.tensor("batch_task_ids").long()
@@ -649,7 +650,7 @@ def observe_normalizer(vectors: Vectors) -> dict[str, Tensor]:
         buffer.add(obs, np.zeros((num_tasks, act_dim), np.float32), rewards[t], terminated[t], truncated[t], obs + 1)
 
     # Enough samples to meet every transition; the observation says which step it is.
-    batch = buffer.sample(50 * rewards.size, torch.Generator().manual_seed(0))
+    batch = buffer.sample(50 * rewards.size)
     masks = torch.full(rewards.shape, torch.nan)
     masks[batch.obs[:, 0].long(), batch.task_id] = 1 - batch.terminated
     # 0 / 0 and 1 / 0: a task whose returns were all 0, at temperature 0, which training never reaches.
@@ -666,7 +667,7 @@ def observe_normalizer(vectors: Vectors) -> dict[str, Tensor]:
 def check_normalizer(vectors: Vectors) -> list[Row]:
     values, tolerance = measure(lambda: observe_normalizer(vectors))
     rows = [compare(name, value, vectors[name], tolerance[name]) for name, value in values.items()]
-    target_entropy = brc_sac.ReturnNormalizer(brc_sac.Args(variant=VARIANT), 1, int(vectors["act_dim"])).target_entropy
+    target_entropy = brc_sac.ReturnNormalizer(brc_sac.Args(**RELEASE), 1, int(vectors["act_dim"])).target_entropy
     rows.append(compare("target_entropy", target_entropy, vectors["target_entropy"], 1e-6))
     return rows + [compare("discount", brc_sac.Args.gamma, vectors["discount"], 1e-6)]
 
@@ -703,8 +704,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--precision tf32 is NVIDIA GPUs': give --device cuda too, or fp32 or bf16")
     for path in args.files:
         try:
-            rows = check(path, args.precision, args.compile, str(brc_sac.choose_device(args.device)))
-        except (FormatError, brc_sac.UsageError) as error:
+            rows = check(path, args.precision, args.compile, str(harness.choose_device(args.device)))
+        except (FormatError, harness.UsageError) as error:
             print(f"parity: {error}", file=sys.stderr)
             return 2
         width = max(len(row.name) for row in rows)
