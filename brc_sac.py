@@ -662,7 +662,7 @@ class Agent:
         self.log_temperature.data.copy_(state["log_temperature"])
 
 
-def optimize(optimizer: torch.optim.Optimizer, loss: Tensor, share: float) -> None:
+def optimize(optimizer: torch.optim.Optimizer, loss: Tensor, share: float = 1.0) -> None:
     """One step. Where the loss is the mean over a share of all tasks only, the ranks' gradients are added."""
     optimizer.zero_grad(set_to_none=True)
     (loss if share == 1 else share * loss).backward()

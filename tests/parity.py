@@ -50,6 +50,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import brc_sac
+import devices
 import harness
 
 RELEASE = {"variant": "release", "embedding_norm": "l2"}  # the vectors come from the authors' code
@@ -691,7 +692,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--precision tf32 is NVIDIA GPUs': give --device cuda too, or fp32 or bf16")
     for path in args.files:
         try:
-            rows = check(path, args.precision, args.compile, str(harness.choose_device(args.device)))
+            rows = check(path, args.precision, args.compile, str(devices.choose_device(args.device)))
         except (FormatError, harness.UsageError) as error:
             print(f"parity: {error}", file=sys.stderr)
             return 2
