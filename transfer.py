@@ -154,7 +154,7 @@ def read_facts(checkpoint: str) -> tuple[tuple[str, ...], Path]:
     """The tasks of the run in a directory, and the agent's program. Raises UsageError."""
     facts = harness.read_args(Path(checkpoint), Args)[1]
     if "tasks" not in facts:
-        raise UsageError(f"{checkpoint} holds the runs of several tasks: give one of the folders in it.")
+        raise UsageError(f"{checkpoint} holds the runs of several tasks: give a folder in it.")
     program = Path(facts.get("agent", facts["program"]))  # the program of a transferred run is this one
     return tuple(facts["tasks"]), program if program.exists() else Path(__file__).with_name(program.name)
 
@@ -218,16 +218,16 @@ def load_pretrained(args: Args) -> Pretrained:
 
 def learner_args(pretrained: Pretrained, exp_name: str, task: str, folder: Path) -> Any:
     """The agent's own arguments for one new task: those of the pretraining, but for what the transfer sets."""
-    args, most = pretrained.args, pretrained.space
+    args, most, first = pretrained.args, pretrained.space, getattr(pretrained.old, "n_step", 1)  # of brc_drq.py
     changes = {name: value for name, value in vars(args).items() if hasattr(pretrained.old, name)} | dict(
         suite=pretrained.agent.Args.suite, tasks=(task,), resume=None, run_dir=str(folder), exp_name=exp_name,
         replay_device=str(pretrained.prior.device) if args.uses_replay else args.replay_device)
     if args.method == "embedding":  # of zero-shot and select there is nothing to learn
-        changes |= dict(total_steps=args.cost + 2, learning_starts=1, eval_interval=args.cost or 1, batch_size=None,
-                        checkpoint_interval=100, log_interval=100, updates_per_step=args.tune_updates, compile=False)
+        changes |= dict(total_steps=args.cost + first + 1, learning_starts=max(first, args.spent), compile=False,
+                        eval_interval=args.cost or 1, checkpoint_interval=100, updates_per_step=args.tune_updates)
     result = pretrained.agent.resolve(dataclasses.replace(pretrained.old, **changes))
     if args.method == "embedding":
-        result = dataclasses.replace(result, total_steps=args.cost, learning_starts=args.spent or 1)
+        result = dataclasses.replace(result, total_steps=args.cost)
     elif result.total_steps <= args.spent:
         raise UsageError(f"--total-steps is {result.total_steps} and the trials take {args.spent} of them: give more.")
     if most:
@@ -391,8 +391,7 @@ def keep_better(pretrained: Pretrained, run: harness.Run, agent: Any) -> None:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader(path.read_text().splitlines()))
 
 
 def outcome(run_dir: Path, env_step: int) -> dict[str, float]:
@@ -408,8 +407,8 @@ def main(args: Args | None = None) -> list[dict[str, float]]:
     pretrained, several = load_pretrained(args), bool(args.suite) or len(args.task) > 1
     exp_name = args.exp_name or f"{pretrained.program.stem}-{args.label}"
     name = args.suite or (f"{len(args.task)}tasks" if several else args.task[0])
-    name = f"runs/{exp_name}-{name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    root = Path(args.resume or args.run_dir or name)
+    name = f"{exp_name}-{name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    root = Path(args.resume or args.run_dir or f"runs/{name}")
     folders = {task: root / task if several else root for task in args.task}
     runs = [(folder, learner_args(pretrained, exp_name, task, folder)) for task, folder in folders.items()]
     go_on = f"python {harness.PROGRAM} {args.method} --resume {root}"
@@ -430,10 +429,10 @@ def main(args: Args | None = None) -> list[dict[str, float]]:
             print(f"{one.tasks[0]} is finished.")
             continue
         facts = {harness.PROGRAM.stem: own | {"task": one.tasks}, "agent": str(pretrained.program.resolve())}
-        start = start._replace(facts=facts)
         for total in (args.spent + args.tune_transitions,) * args.tunes + (one.total_steps,):
             resume = str(folder) if (folder / "args.json").exists() else None
-            pretrained.agent.train(dataclasses.replace(one, total_steps=total, resume=resume), start)
+            pretrained.agent.train(dataclasses.replace(one, total_steps=total, resume=resume),
+                                   start._replace(facts=facts))
         if args.track:  # a run of its own for each task
             sys.modules["wandb"].finish()
     results = [outcome(folder, one.total_steps) for folder, one in runs]
