@@ -9,6 +9,7 @@ import torch
 
 import brc_sac
 import harness
+import suites
 from harness import UsageError
 from offline_data.episodes import Episodes
 
@@ -20,6 +21,8 @@ class RunReplay:
 
     def __init__(self, run_dir: Path, tasks: tuple[str, ...] | None, last: int | None):
         args, facts = harness.read_args(run_dir, brc_sac.Args)
+        if suites.benchmark(args.tasks[0]) is suites.atari:
+            raise UsageError(f"{run_dir} is a run on Atari games: give runs of brc_sac.py.")
         self.tasks = tuple(task for task in args.tasks if task in (tasks or args.tasks))
         self.parts, self.transitions, self.rows, self.nbytes = [], 0, 0, 0  # nbytes: of memory while it is read
         for rank in range(size := facts.get("ranks", 1)):  # those of torchrun had a share of the tasks each

@@ -109,6 +109,16 @@ def test_a_run(tmp_path, options):
                                           np.squeeze(np.array(field)))
 
 
+def test_runs_without_transitions_of_ours_are_refused(tmp_path):
+    for task, reason in (("Pong", "Atari"), ("reach", "holds no replay")):
+        (tmp_path / task).mkdir()
+        facts = {"format": harness.FORMAT, "tasks": [task], "program": "x.py", "ranks": 1}
+        (tmp_path / task / "args.json").write_text(json.dumps(facts))
+        torch.save({"format": harness.FORMAT, "env_step": 1}, tmp_path / task / "checkpoint.pt")
+        with pytest.raises(harness.UsageError, match=reason):
+            RunReplay(tmp_path / task, None, None)
+
+
 def test_runs_of_different_tasks_are_joined_by_name(tmp_path):
     one = write_run(tmp_path / "one")
     two = write_run(tmp_path / "two", ("reach", "pendulum-swingup"), seed=1)
