@@ -37,7 +37,7 @@ def environments(tasks: tuple[str, ...]) -> SimpleNamespace:
 
 
 def write_run(path: Path, tasks=TASKS, steps=100, lengths=(30, 43), terminates=1, capacity=100, seed=0) -> dict:
-    """A run directory with a replay whose task i has episodes of lengths[i] steps, terminated only in task `terminates`.
+    """A run directory with a replay; task i has episodes of lengths[i] steps, terminated only in task `terminates`.
 
     Returns the transitions (obs, action, reward, terminated, next_obs) of each task.
     """
@@ -83,7 +83,8 @@ def write_chunks(folder: Path, numbers: list[list[int]], rows=101, sizes=(39, 6)
     return chunks
 
 
-def read(sources: list, tasks: tuple[str, ...], variant="paper") -> tuple[offline.Transitions, brc_sac.ReturnNormalizer]:
+def read(sources: list, tasks: tuple[str, ...], variant="paper"
+         ) -> tuple[offline.Transitions, brc_sac.ReturnNormalizer]:
     envs = environments(tasks)
     normalizer = brc_sac.ReturnNormalizer(dataclasses.replace(ARGS, variant=variant), len(tasks), envs.act_dim)
     return offline.Transitions(sources, envs, normalizer, torch.device("cpu")), normalizer
