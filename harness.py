@@ -243,7 +243,7 @@ class Run:
         arguments = dataclasses.asdict(self.args) | {"resume": None, "evaluate": None, "run_dir": str(self.dir)}
         path = self.dir / "args.json"
         if self.args.resume:
-            facts = json.loads(path.read_text()) | arguments
+            facts = json.loads(path.read_text()) | arguments | self.facts
             facts["resumed"] = [*facts.get("resumed", []), {"env_step": self.saved_step} | here]
         else:
             facts = arguments | {"format": FORMAT, "run_id": os.urandom(6).hex(), "program": str(PROGRAM.resolve()),
