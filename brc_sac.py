@@ -169,10 +169,10 @@ def resolve(args: Args) -> Args:
     args = harness.fill(dataclasses.replace(args, tasks=tasks), **defaults)
     args = harness.fill(args, eval_interval=max(1, args.total_steps // 20), workers=default_workers(tasks))
     args = harness.fill(args, checkpoint_interval=args.eval_interval)
-    harness.check_range(args, 1, math.inf, "width", "total_steps", "eval_interval", "eval_episodes", "log_interval",
+    harness.check_range(args, 1, math.inf, "width", "eval_interval", "eval_episodes", "log_interval",
                         "checkpoint_interval", "updates_per_step", "batch_size", "learning_starts", "buffer_size",
                         "critic_depth", "actor_depth", "actor_width", "embedding_dim")
-    harness.check_range(args, 0, math.inf, "seed", "workers", "weight_decay")
+    harness.check_range(args, 0, math.inf, "seed", "workers", "weight_decay", "total_steps")  # 0: to evaluate alone
     harness.check_range(args, 2, math.inf, "num_atoms")
     harness.check_range(args, 1e-12, 1e6, "learning_rate", "v_max", "init_temperature")
     harness.check_range(args, 0, 0.99999, "gamma")
@@ -186,7 +186,7 @@ def resolve(args: Args) -> Args:
 
 
 # Parsed before torch is imported, so that --help and a mistyped name answer at once.
-ARGS = harness.exit_on_error(harness.parse_args, Args, resolve, __doc__) if __name__ == "__main__" else None
+ARGS = harness.exit_on_error(harness.parse_args, Args, resolve) if __name__ == "__main__" else None
 
 import torch  # noqa: E402
 import torch.nn as nn  # noqa: E402
@@ -503,6 +503,7 @@ class ReplayBuffer:
         self.oldest = max(state["oldest"], self.steps - self.capacity)
         newest = torch.arange(self.steps - 1, self.steps + 1) % len(self.rows)
         self.rows[newest], self.end[newest] = state["rows"].to(self.device), state["end"].to(self.device)
+        self.end_episodes(np.array([], int))
 
 
 # ---------------------------------------------------------------------------------------------------------- losses
@@ -661,7 +662,7 @@ class Agent:
         self.log_temperature.data.copy_(state["log_temperature"])
 
 
-def optimize(optimizer: torch.optim.Optimizer, loss: Tensor, share: float) -> None:
+def optimize(optimizer: torch.optim.Optimizer, loss: Tensor, share: float = 1.0) -> None:
     """One step. Where the loss is the mean over a share of all tasks only, the ranks' gradients are added."""
     optimizer.zero_grad(set_to_none=True)
     (loss if share == 1 else share * loss).backward()
@@ -882,7 +883,7 @@ def evaluate_run(args: Args) -> list[dict]:
 
 def main(args: Args | None = None) -> list[dict]:
     """The program: its command line, or `args`."""
-    args = args or harness.parse_args(Args, resolve, __doc__)
+    args = args or harness.parse_args(Args, resolve)
     return evaluate_run(args) if args.evaluate else train(args)
 
 

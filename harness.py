@@ -98,18 +98,20 @@ def check_range(args: Any, low: float, high: float, *names: str) -> None:
                              + f" and at most {high:g}" * (high < float("inf")) + ".")
 
 
-def parse_args(Args: type, resolve: Callable, description: str, may_change: tuple[str, ...] = MAY_CHANGE) -> Any:
+def parse_args(Args: type, resolve: Callable, may_change: tuple[str, ...] = MAY_CHANGE) -> Any:
     """The command line, resolved; with --resume or --evaluate, that run's arguments and what is given beside them."""
     import tyro
 
-    args = tyro.cli(Args, description=description.split("\n\n")[0])
+    args = tyro.cli(Args, description=(sys.modules["__main__"].__doc__ or "").split("\n\n")[0])
     evaluate = getattr(args, "evaluate", None)
     run_dir = args.resume or evaluate
     if not run_dir:
         return resolve(args)
     saved, facts = read_args(Path(run_dir), Args)
-    if args.resume and Path(facts["program"]).name != PROGRAM.name:
-        raise UsageError(f"{run_dir} is not a run of {PROGRAM.name}: to go on with it, {facts['go_on']}")
+    owner = Path(facts["program"] if args.resume else facts.get("agent", facts["program"]))  # transfer.py's is another
+    if owner.name != PROGRAM.name:
+        command = facts["go_on"] if args.resume else shlex.join(["python", str(owner), "--evaluate", run_dir])
+        raise UsageError(f"{run_dir} is a run of {owner.name}, and this is {PROGRAM.name}: {command}")
     args = tyro.cli(Args, default=saved)
     may_change = [name for name in may_change + ("eval_episodes",) * bool(evaluate) if hasattr(args, name)]
     for field in dataclasses.fields(Args):
@@ -177,7 +179,9 @@ class Run:
     @property
     def go_on(self) -> str:
         """The command that continues this run."""
-        return shlex.join(["python", str(PROGRAM), *self.arguments.split(), "--resume", str(self.root)])
+        size = os.environ.get("WORLD_SIZE", "1")
+        launcher = ["python"] if size == "1" else ["torchrun", "--nproc-per-node", size]
+        return shlex.join([*launcher, str(PROGRAM), *self.arguments.split(), "--resume", str(self.root)])
 
     def open(self, buffer: Any) -> None:
         """Claims the directory, with --resume reads the last checkpoint, writes args.json, starts the logs.
@@ -298,7 +302,6 @@ class Run:
                                                global_step=env_step)
         tqdm.write(f"step {env_step:>9,}: " + ", ".join(f"mean {name} {value:.3f}" for name, value in means.items()))
         self.bar.set_postfix(score=f"{means['score']:.3f}", refresh=False)
-        self.bar.unpause()  # an evaluation is not counted into the bar's speed
 
     def log(self, scalars: dict[str, float], env_step: int) -> None:
         """Scalars, and the bar's own speed, for TensorBoard."""
@@ -330,13 +333,13 @@ class Run:
                                f"checkpoint is from step {self.saved_step}; to go on from there: {self.go_on}")
 
     def close(self) -> None:
-        """Ends the logs, and lets go of the directory."""
-        if self.lock:
-            self.lock.close()
+        """Ends the logs, and lets go of the directory: transfer.py goes on in the same process."""
         self.bar.close()
         if "tensorboard" in vars(self):
             with survives("TensorBoard's log"):
                 self.tensorboard.close()
+        if self.lock:
+            self.lock.close()
 
     def finish(self, env_step: int, results: list[dict]) -> None:
         """The table of the last evaluation; after a signal, what is saved, and the exit code that says so."""

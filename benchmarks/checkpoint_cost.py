@@ -1,14 +1,12 @@
-"""Time and bytes of a checkpoint of brc_sac.py: the first one of a filled replay, and later ones.
+"""Time and bytes of a checkpoint of brc_sac.py: the first one of a filled replay, later ones, and loading.
 
     python benchmarks/checkpoint_cost.py --csv benchmarks/results/checkpoint_cost.csv
 
-A later checkpoint writes the networks again and of the replay only what is new. Ten tasks with MetaWorld's dimensions.
+A later checkpoint writes the networks again and appends to the replay's files only what is new: harness.Run.save. Ten
+tasks with MetaWorld's dimensions, in episodes of 200 steps.
 """
 
 import csv
-import dataclasses
-import datetime
-import os
 import sys
 import tempfile
 import time
@@ -21,6 +19,8 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import brc_sac  # noqa: E402
+import harness  # noqa: E402
+from benchmarks.throughput import facts_of  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -41,54 +41,60 @@ class Args:
     """Also write the rows to this file."""
 
 
-def fill(learner: brc_sac.Learner, steps: int, draw: np.random.Generator) -> None:
-    """Puts `steps` random transitions per task, episodes of 200, where `ReplayBuffer.add` would, at once."""
-    buffer = learner.buffer
-    transition = np.arange(learner.env_step, learner.env_step + steps)
-    learner.env_step += steps
-    row = transition + transition // 200  # a final observation takes a row too; the ring never wraps here
-    for task in range(buffer.num_tasks):
-        values = draw.standard_normal((steps, buffer.ring.shape[-1]), np.float32)
-        buffer.ring[task, row] = torch.from_numpy(values)
-    buffer.row_of[:, transition] = torch.from_numpy(row.astype(np.int32))
-    buffer.transition_at[:, row] = transition
-    buffer.stop[:] = learner.env_step
-    buffer.head[:] = learner.env_step + learner.env_step // 200
+def fill(buffer: brc_sac.ReplayBuffer, steps: int) -> None:
+    """Adds `steps` random steps of every task, at once; the ring never wraps here."""
+    for stop in range(buffer.steps + 200, buffer.steps + steps + 1, 200):
+        buffer.rows[buffer.steps:stop + 1].normal_()
+        buffer.steps = stop
+        buffer.end_episodes(np.arange(buffer.num_tasks))
 
 
-def main(args: Args) -> None:
-    columns = ("transitions_per_task", "tasks", "width", "checkpoint", "seconds", "megabytes_written", "load_seconds",
-               "hardware", "torch", "date", "command")
-    rows = []
-    print("transitions  checkpoint  seconds  MB written")
+def measure(args: Args, transitions: int, run_dir: Path) -> list[dict]:
+    total = transitions + args.later * args.new
+    run_args = brc_sac.resolve(brc_sac.Args(tasks=brc_sac.suites.SUITES["mw"].tasks[:args.num_tasks], device="cpu",
+                                            width=args.width, total_steps=total, learning_starts=1,
+                                            run_dir=str(run_dir), compile=False))
+    agent = brc_sac.Agent(run_args, 39, 4, args.num_tasks)
+    normalizer = brc_sac.ReturnNormalizer(run_args, args.num_tasks, 4)
+    buffer = brc_sac.ReplayBuffer(args.num_tasks, 39, 4, total)
+    run, rows = harness.Run(run_args), []
+    run.open(buffer)
+    run.bar.close()
+    for number in range(1 + args.later):
+        fill(buffer, args.new if number else transitions)
+        replay = sum(file.stat().st_size for file in run_dir.glob("replay/*"))
+        start = time.perf_counter()
+        run.save(buffer.steps, brc_sac.state(agent, normalizer, buffer), buffer)
+        seconds = time.perf_counter() - start
+        written = sum(file.stat().st_size for file in [run_dir / "checkpoint.pt", *run_dir.glob("replay/*")]) - replay
+        rows.append({"transitions_per_task": transitions, "tasks": args.num_tasks, "width": args.width,
+                     "checkpoint": f"later {number}" if number else "first", "seconds": round(seconds, 3),
+                     "megabytes_written": round(written / 1e6, 1)})
+    start = time.perf_counter()
+    harness.read_checkpoint(run_dir, brc_sac.ReplayBuffer(args.num_tasks, 39, 4, total))
+    rows.append(rows[0] | {"checkpoint": "load", "seconds": round(time.perf_counter() - start, 3),
+                           "megabytes_written": 0})
+    return rows
+
+
+def main(args: Args | None = None) -> None:
+    args, rows = args or tyro.cli(Args, description=__doc__.split("\n\n")[0]), []
+    if any(number < 200 or number % 200 for number in (*args.transitions, args.new)):
+        raise harness.UsageError("--transitions and --new are whole episodes: give multiples of 200.")
     for transitions in args.transitions:
-        with tempfile.TemporaryDirectory(dir=args.directory) as run_dir:
-            path, draw, cpu = Path(run_dir), np.random.default_rng(0), torch.device("cpu")
-            tasks = tuple(str(task) for task in range(args.num_tasks))
-            run = dataclasses.replace(brc_sac.Args(), tasks=tasks, width=args.width, batch_size=1024, learning_starts=1,
-                                      total_steps=transitions + args.later * args.new)
-            learner = brc_sac.Learner(run, 39, 4, cpu, cpu)
-            for number in range(1 + args.later):
-                fill(learner, args.new if number else transitions, draw)
-                before = {file: file.stat().st_mtime_ns for file in path.rglob("*.pt")}
-                start = time.perf_counter()
-                brc_sac.save_checkpoint(path, learner)
-                seconds = time.perf_counter() - start
-                new = [path / "checkpoint.pt", *(file for file in path.rglob("replay/*.pt") if file not in before)]
-                megabytes = sum(file.stat().st_size for file in new) / 1e6
-                name = "first" if number == 0 else f"later {number}"
-                print(f"{transitions:>11,}  {name:>10}  {seconds:>7.2f}  {megabytes:>10.1f}", flush=True)
-                rows.append([transitions, args.num_tasks, args.width, name, round(seconds, 3), round(megabytes, 1), ""])
-            start = time.perf_counter()
-            brc_sac.load_checkpoint(path, brc_sac.Learner(run, 39, 4, cpu, cpu))
-            rows[-1][-1] = round(time.perf_counter() - start, 3)
-            print(f"{transitions:>11,}  {'load':>10}  {rows[-1][-1]:>7.2f}")
+        with tempfile.TemporaryDirectory(dir=args.directory) as folder:
+            rows += measure(args, transitions, Path(folder) / "run")
+    print("transitions  checkpoint  seconds  MB written")
+    for row in rows:
+        print(f"{row['transitions_per_task']:>11,}  {row['checkpoint']:>10}  {row['seconds']:>7.2f}  "
+              f"{row['megabytes_written']:>10.1f}")
     if args.csv:
-        facts = [f"CPU, {os.cpu_count()} cores", torch.__version__, datetime.date.today().isoformat(),
-                 " ".join(sys.argv)]
+        facts = facts_of(torch.device("cpu"))
         with open(args.csv, "w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([columns, *(row + facts for row in rows)])
+            writer = csv.DictWriter(file, [*rows[0], *facts], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(row | facts for row in rows)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__.split("\n\n")[0]))
+    harness.exit_on_error(main)

@@ -3,9 +3,11 @@
     python benchmarks/env_steps.py                                     # every suite that is installed
     python benchmarks/env_steps.py --suites mw dmc-dogs --workers 0 1 2 4 8
     python benchmarks/env_steps.py --suites mw --csv mw.csv
+    python benchmarks/env_steps.py --suites atari                      # brc_drq.py's native games against Gymnasium's
 
 One vector step moves every environment of the suite by one step under uniformly random actions. The time includes the
-automatic resets that fall into it: 200 vector steps are one whole episode of MetaWorld. No agent runs beside it.
+automatic resets that fall into it: 200 vector steps are one whole episode of MetaWorld. No agent runs beside it. A step
+of a game is four frames; `native` is what brc_drq.py trains on, 0 workers is Gymnasium's, one game after the other.
 """
 
 import csv
@@ -16,6 +18,7 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,11 +28,13 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import harness  # noqa: E402
 import suites  # noqa: E402
+from suites.atari import Games  # noqa: E402
 from suites.vector import VectorEnv, default_workers, num_cores  # noqa: E402
 
 COLUMNS = "suite,num_envs,workers,env_steps_per_s,ms_per_vector_step,hardware,load,versions,date,command".split(",")
-PACKAGES = ("mujoco", "gymnasium", "dm_control", "metaworld", "numpy")
+PACKAGES = {"mujoco", "gymnasium", "dm_control", "metaworld", "numpy", "ale-py"}
 
 
 @dataclass(frozen=True)
@@ -69,15 +74,43 @@ def measure(tasks: tuple[str, ...], workers: int, steps: int, repeats: int) -> f
         actions = rng.uniform(-1.0, 1.0, (steps, envs.num_envs, envs.act_dim)).astype(np.float32)
         for action in actions[:10]:
             envs.step(action)
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            for action in actions:
-                envs.step(action)
-            times.append((time.perf_counter() - start) / steps)
+            return seconds_per_step(envs.step, actions, repeats)
     finally:
         envs.close()
+
+
+def seconds_per_step(step: Callable[[np.ndarray], object], actions: np.ndarray, repeats: int) -> float:
+    """The median over repeats of the mean over `actions`."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        for action in actions:
+            step(action)
+        times.append((time.perf_counter() - start) / len(actions))
     return statistics.median(times)
+
+
+def measure_games(games: tuple[str, ...], native: bool, steps: int, repeats: int) -> float:
+    """Seconds per step of all `games`, by ale-py's own environments or by Gymnasium's."""
+    actions = np.random.default_rng(0).integers(18, size=(steps, len(games)))
+    if native:
+        envs = Games(games)
+        envs.reset(seed=0)
+        try:
+            return seconds_per_step(envs.step, actions, repeats)
+        finally:
+            envs.close()
+    envs = [suites.make(game, seed=0) for game in games]
+    for env in envs:
+        env.reset()
+
+    def step(action: np.ndarray) -> None:
+        for env, choice in zip(envs, action.tolist()):
+            *_, terminated, truncated, _ = env.step(choice)
+            if terminated or truncated:
+                env.reset()
+
+    return seconds_per_step(step, actions, repeats)
 
 
 def hardware() -> str:
@@ -90,10 +123,13 @@ def hardware() -> str:
     return f"{model}, {num_cores()} cores"
 
 
-def main(args: Args) -> None:
+def main(args: Args | None = None) -> None:
+    args = args or tyro.cli(Args, description=__doc__.split("\n\n")[0])
+    if unknown := [suite for suite in args.suites if suite not in suites.SUITES]:
+        raise harness.UsageError(f"Unknown suite '{unknown[0]}': the suites are {', '.join(suites.SUITES)}.")
     versions = [f"python {platform.python_version()}"]
-    for package in PACKAGES:
-        versions.append(f"{package} {importlib.metadata.version(package)}")
+    versions += sorted(f"{package.name} {package.version}" for package in importlib.metadata.distributions()
+                       if package.name in PACKAGES)
     rows = []
     for suite in args.suites:
         tasks = installed(suite)
@@ -101,9 +137,12 @@ def main(args: Args) -> None:
             continue
         cores = num_cores()
         choices = args.workers or sorted({0, 2, cores, default_workers(tasks)})
-        for workers in sorted({min(workers, len(tasks)) for workers in choices}):
+        for workers in ("native", 0) if suite == "atari" else sorted({min(n, len(tasks)) for n in choices}):
             load = os.getloadavg()[0]  # of the minute before: what else the machine was doing
-            seconds = measure(tasks, workers, args.steps, args.repeats)
+            if suite == "atari":
+                seconds = measure_games(tasks, workers == "native", args.steps, args.repeats)
+            else:
+                seconds = measure(tasks, workers, args.steps, args.repeats)
             rows.append(
                 {
                     "suite": suite,
@@ -118,7 +157,7 @@ def main(args: Args) -> None:
                     "command": " ".join(sys.argv),
                 }
             )
-            where = f"{workers} workers" if workers else "in-process"
+            where = {"native": "native", 0: "in-process"}.get(workers, f"{workers} workers")
             print(
                 f"{suite:14} {len(tasks):3} environments  {where:12} {seconds * 1e3:8.2f} ms per vector step "
                 f"{len(tasks) / seconds:8.0f} steps/s"
@@ -133,4 +172,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    harness.exit_on_error(main)

@@ -1,26 +1,24 @@
 #!/usr/bin/env bash
-# What to measure on a machine with an NVIDIA GPU, in pieces of under ten minutes that leave small files in OUT, in this
-# order (what comes first matters most):
+# What to measure on a machine with an NVIDIA GPU and no network, in pieces of under ten minutes that are each of use
+# alone and leave small files in OUT; what matters most comes first:
 #
-#   benchmarks/gpu_day.sh setup OUT     installs what the plan needs beside torch, from the folder WHEELS or PyPI
-#   benchmarks/gpu_day.sh sync OUT      tests: the graph equals eager updates, nothing waits for the device, GPU equals CPU
-#   benchmarks/gpu_day.sh update OUT    one update at every width, in TF32 and bf16, compiled or not, as a graph or not
-#   benchmarks/gpu_day.sh authors OUT   the authors' update on the same card: RELEASE is their repository, JAX the Python
-#                                       that has what authors_throughput.py needs, JAX for CUDA included
-#   benchmarks/gpu_day.sh profile OUT   the parts of an update at widths 256 and 4096, each against its floor
-#   benchmarks/gpu_day.sh loop OUT      the whole loop on MetaWorld-50 at width 4096: who waits, steps per second
-#   benchmarks/gpu_day.sh parity OUT    the reference vectors on the GPU: fp32, tf32 and bf16, eager and compiled
-#   benchmarks/gpu_day.sh learn OUT     MetaWorld-50 at width 4096; every further call goes on where the last one stopped
-#   benchmarks/gpu_day.sh report OUT    its learning curve next to the authors'
+#   benchmarks/gpu_day.sh setup OUT     installs the wheels in the folder WHEELS (.whl), beside what is there
+#   benchmarks/gpu_day.sh kernels OUT   one update at width 4096, and the kernels of ten graph replays by kind, to hold
+#                                       against the predictions in benchmarks/README.md
+#   benchmarks/gpu_day.sh tests OUT     what only a GPU can show, and the reference vectors in every precision
+#   benchmarks/gpu_day.sh widths OUT    one update at every other width, in TF32 and bf16, eager, compiled, as a graph
+#   benchmarks/gpu_day.sh loop OUT      the whole loop on MetaWorld-50 at width 4096: a step against its updates alone
+#   benchmarks/gpu_day.sh learn OUT     MetaWorld-50 at width 1024 to 150,000 steps, in a session of its own: it runs on
+#                                       when the piece ends, and every further call looks at it again, or resumes it
+#   benchmarks/gpu_day.sh stop OUT      ends that run with a checkpoint
 #
-# For a machine without a network, in a folder that is carried there:
-#   benchmarks/gpu_day.sh wheels OUT    downloads what setup needs into OUT, for Linux and Python PYTHON_VERSION (3.12)
-#
-# The same on a CPU, at a tiny size:
-#   DEVICE=cpu WIDTHS="32 64" PRECISIONS="fp32 bf16" LOOP=demo PIECE=60 RUN_DIR=/tmp/learn \
-#   LEARN="--tasks reach drawer-close --width 32 --learning-starts 50 --total-steps 400" benchmarks/gpu_day.sh ...
+# Before, where there is a network:
+#   benchmarks/gpu_day.sh wheels DIR    downloads what setup needs, 46 MB, for Linux and Python PYTHON_VERSION (3.12).
+#                                       torch, numpy, scipy, tqdm, tensorboard, matplotlib, pytest have to be there.
+# The same on a CPU at a tiny size, a few minutes in all:  REHEARSE=1 benchmarks/gpu_day.sh ...
+# The learning curve beside the authors', afterwards:      python benchmarks/report.py OUT --official mw --mean-only
 set -euo pipefail
-pieces="setup, sync, update, authors, profile, loop, parity, learn, report or wheels"
+pieces="wheels, setup, kernels, tests, widths, loop, learn or stop"
 if [ $# -ne 2 ]; then
     echo "gpu_day.sh: $# arguments: give a piece ($pieces) and OUT." >&2
     exit 2
@@ -29,85 +27,90 @@ piece=$1
 out=$(mkdir -p "$2" && cd "$2" && pwd)
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-piece_seconds=${PIECE:-540}
+end=$((SECONDS + ${PIECE:-540}))
+run=${RUN_DIR:-runs/gpu_learn}  # its checkpoint and replay are gigabytes: not in OUT
 
-needed() { grep -Ev '^(torch|ale-py|opencv|rliable)' requirements.txt; }  # torch is there; games and transfer are not run
+if [ -n "${REHEARSE:-}" ]; then
+    device=cpu fast="" width=32 widths="16 24" loop="demo --loop-steps 10" precisions="fp32"
+    size="--batch-size 32 --num-tasks 3 --repeats 3 --compile False"
+    learn="--tasks reach drawer-close --width 32 --batch-size 32 --learning-starts 50 --total-steps 300"
+    learn+=" --eval-interval 100 --eval-episodes 1"
+else
+    device=cuda fast="--compile True --cuda-graph True" width=4096 widths="256 1024 2048 512 8192" loop=mw precisions="tf32 bf16"
+    size=""
+    learn="--suite mw --width 1024 --total-steps 150000 --checkpoint-interval 1000000"
+fi
+throughput() { "$python" benchmarks/throughput.py --device $device --seconds 5 "$@"; }
 
+# shellcheck disable=SC2086  # the variables above are lists
 case $piece in
 wheels)
-    needed > "$out/requirements.txt"
-    "$python" -m pip download -q --python-version "${PYTHON_VERSION:-3.12}" --platform manylinux2014_x86_64 \
-        --platform manylinux_2_27_x86_64 --platform manylinux_2_28_x86_64 --only-binary=:all: -d "$out" \
-        -r "$out/requirements.txt"
+    packages=$(grep -E '^(gymnasium|tyro|mujoco|metaworld)==' requirements.txt)
+    "$python" -m pip download -q --no-deps --only-binary=:all: --implementation cp -d "$out" \
+        --python-version "${PYTHON_VERSION:-3.12}" --platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64 \
+        $packages farama-notifications cloudpickle glfw pyopengl docstring-parser typeguard
     du -sh "$out"
     ;;
 setup)
-    needed > "$out/requirements.txt"
-    # shellcheck disable=SC2086
-    "$python" -m pip install -q ${WHEELS:+--no-index --find-links "$WHEELS"} -r "$out/requirements.txt"
-    "$python" -c "import torch; print(torch.__version__, torch.cuda.is_available())" | tee "$out/setup.txt"
+    "$python" -m pip install -q --no-index --no-deps "${WHEELS:-.whl}"/*.whl
+    "$python" - <<'PY' | tee "$out/setup.txt"
+import numpy, scipy, tensorboard, torch, tqdm
+import suites
+suites.make("reach", seed=0).reset(seed=0)
+print("torch", torch.__version__, "numpy", numpy.__version__, "scipy", scipy.__version__, "GPU", torch.cuda.is_available())
+PY
     ;;
-sync)
-    "$python" -m pytest -q tests/test_gpu.py tests/test_fast_path.py | tee "$out/sync.txt"
+kernels)
+    throughput --widths $width $fast --precisions $precisions $size --profile \
+        --json "$out/kernels.json" | tee "$out/kernels.txt"
     ;;
-update)
-    # One width a file, the small and the paper's first; a width that does not get its turn is left to the next call.
-    end=$((SECONDS + piece_seconds))
-    for width in ${WIDTHS:-256 4096 8192 1024 512 2048}; do
-        if [ -e "$out/update_$width.csv" ] || [ $SECONDS -ge $end ]; then continue; fi
+tests)
+    failed=0
+    # shellcheck disable=SC2046
+    "$python" -m pytest -q -p no:cacheprovider $(ls tests/test_gpu.py tests/test_speed.py 2>/dev/null) \
+        | tee "$out/tests.txt" || failed=1
+    for precision in fp32 ${precisions/fp32/}; do
+        echo "$precision" | tee -a "$out/tests.txt"
+        "$python" -m tests.parity --device $device --precision $precision tests/reference/*task.npz \
+            | tee -a "$out/tests.txt" | tail -n 1 || failed=1
+    done
+    exit $failed
+    ;;
+widths)
+    for width in $widths; do  # a file each: a width that does not get its turn is left to the next call
+        if [ -e "$out/width_$width.csv" ] || [ $SECONDS -ge $end ]; then continue; fi
         code=0
-        timeout $((end - SECONDS)) "$python" benchmarks/throughput.py --widths "$width" --seconds 5 \
-            --csv "$out/update_$width.part.csv" || code=$?
+        timeout $((end - SECONDS)) "$python" benchmarks/throughput.py --device $device --seconds 5 --widths "$width" \
+            --precisions $precisions $size --csv "$out/width_$width.part.csv" || code=$?
         case $code in
-        0) mv "$out/update_$width.part.csv" "$out/update_$width.csv" ;;
+        0) mv "$out/width_$width.part.csv" "$out/width_$width.csv" ;;
         124) echo "width $width is left for another call" ;;
         *) exit $code ;;
         esac
     done
     ;;
-authors)
-    # shellcheck disable=SC2086
-    "${JAX:?is not set: give the Python that has JAX}" benchmarks/authors_throughput.py \
-        "${RELEASE:?is not set: give the folder of their repository}" --widths ${WIDTHS:-256 4096 8192} \
-        --csv "$out/authors.csv"
-    ;;
-profile)
-    # shellcheck disable=SC2086  # WIDTHS is a list
-    "$python" benchmarks/throughput.py --widths ${WIDTHS:-256 4096} --seconds 3 --profile \
-        --csv "$out/profile.csv"
-    ;;
 loop)
-    for precision in ${PRECISIONS:-tf32 bf16}; do
-        # shellcheck disable=SC2086
-        "$python" benchmarks/throughput.py --widths ${WIDTHS:-4096} --precisions "$precision" --loop "${LOOP:-mw}" \
-            --csv "$out/loop_$precision.csv"
-    done
-    ;;
-parity)
-    : > "$out/parity.txt"
-    failed=0
-    for precision in fp32 ${PRECISIONS:-tf32 bf16}; do
-        for compile in "" --compile; do
-            echo "$precision $compile" | tee -a "$out/parity.txt"
-            # shellcheck disable=SC2086
-            "$python" -m tests.parity --device "${DEVICE:-cuda}" --precision $precision $compile tests/reference/*task.npz \
-                | tee -a "$out/parity.txt" | grep quantities || failed=1
-        done
-    done
-    exit $failed
+    throughput --widths $width --precisions $precisions --loop $loop ${size/--num-tasks 3/} --csv "$out/loop.csv"
     ;;
 learn)
-    run=${RUN_DIR:-runs/gpu_learn}  # its checkpoints and replay are gigabytes: not in OUT
-    if [ -e "$run/checkpoint.pt" ]; then arguments="--resume $run"; else
-        arguments="${LEARN:---suite mw --width 4096 --precision bf16 --eval-interval 5000} --run-dir $run"; fi
-    # SIGTERM: the run finishes its step and writes a checkpoint; timeout then exits with 124.
-    # shellcheck disable=SC2086
-    timeout --signal TERM "$piece_seconds" "$python" brc_sac.py $arguments || { code=$?; [ $code -eq 124 ] || exit $code; }
-    cp "$run/metrics.csv" "$out/learn_metrics.csv"
-    cp "$run/args.json" "$out/learn_args.json"
+    mkdir -p "$(dirname "$run")"
+    if ! kill -0 "$(cat "$run.pid" 2>/dev/null)" 2>/dev/null; then
+        # A session of its own, so that the run outlives this piece. SIGTERM makes it write a checkpoint and stop.
+        if [ -e "$run/checkpoint.pt" ]; then arguments="--resume $run"; else
+            arguments="$learn --device $device --run-dir $run"; fi
+        setsid nohup "$python" brc_sac.py $arguments >> "$run.log" 2>&1 < /dev/null &
+        echo $! > "$run.pid"
+    fi
+    while kill -0 "$(cat "$run.pid")" 2>/dev/null && [ $SECONDS -lt $end ]; do sleep 2; done
+    cp "$run.log" "$out/learn.log"
+    cp "$run/metrics.csv" "$run/args.json" "$out/"
+    kill -0 "$(cat "$run.pid")" 2>/dev/null && echo "still running: call again" || tail -n 3 "$run.log"
     ;;
-report)
-    "$python" benchmarks/curves.py --runs "$out/learn_metrics.csv" --official mw | tee "$out/report.txt"
+stop)
+    kill -TERM "$(cat "$run.pid")"
+    while kill -0 "$(cat "$run.pid")" 2>/dev/null && [ $SECONDS -lt $end ]; do sleep 1; done
+    cp "$run.log" "$out/learn.log"
+    cp "$run/metrics.csv" "$run/args.json" "$out/"
     ;;
 *)
     echo "gpu_day.sh: unknown piece '$piece': give $pieces." >&2

@@ -1,0 +1,195 @@
+"""What a run's tasks do to each other: the paper's diagnostics (Figures 3, 5 and 7) from its last checkpoint.
+
+    python benchmarks/diagnose.py runs/<run>
+
+Works for runs of brc_sac.py, of a copy of it and of ablations/ that keep their replay. Draws a batch per task from the
+replay and writes, in metrics.csv's columns, for every task and as mean, std and relative_std = std / mean of tasks
+    td_loss          the critics' loss, as the run's own script defines it
+    gradient_norm    L2, of that loss's gradient for all critic parameters, the task embedding included
+    entropy          of the policy, from one action per state
+    conflict_share   of the other tasks, those whose gradient has a negative cosine with this task's (Yu et al. 2020);
+                     its mean is the share of conflicting pairs
+    embedding_pc1/2  principal components of the task embeddings as the networks read them, and their variance_share;
+                     also drawn
+"""
+
+import csv
+import dataclasses
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import devices  # noqa: E402
+import harness  # noqa: E402
+from harness import UsageError  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Args:
+    run_dir: tyro.conf.Positional[Path]
+    """Run directory; it is only read, but for `out`."""
+    batch_per_task: int = 32
+    """Transitions per task (release)."""
+    out: Path | None = None
+    """Where to write diagnostics.csv and embedding.png; default <run_dir>/diagnostics."""
+    seed: int = 0
+    """Of the batches and the actions."""
+    gradient_gb: float = 4.0
+    """Memory for gradients in GB: of all tasks, for as many of the critic's layers at a time as fit."""
+    device: str = "auto"
+    """cpu, cuda or cuda:N; auto takes a GPU if there is one."""
+
+
+def load_program(path: Path) -> ModuleType:
+    """The module with the agent of the script at `path`: it, or brc_sac as it leaves it. Raises UsageError."""
+    places = [path, ROOT / path.name, ROOT / "ablations" / path.name]  # the run may come from another machine
+    found = next((place for place in places if place.exists()), None)
+    if found is None:
+        raise UsageError(f"The run is of {path}, which is not here: put the script there, or beside brc_sac.py.")
+    spec = importlib.util.spec_from_file_location(found.stem, found)
+    module = sys.modules[found.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module = module if hasattr(module, "Agent") else getattr(module, "brc_sac", module)
+    if not hasattr(module, "ReturnNormalizer") or not hasattr(module, "sample_action"):
+        raise UsageError(f"The run is of {path.name}: give one of brc_sac.py, of a copy of it, or of ablations/.")
+    return module
+
+
+def load_run(run_dir: Path, device: str) -> tuple:
+    """Arguments, agent, normaliser, replay and step of the last checkpoint, in eager float32. Raises UsageError."""
+    _, facts = harness.read_args(run_dir, Args)
+    program = load_program(Path(facts.get("agent", facts["program"])))
+    args, _ = harness.read_args(run_dir, program.Args)
+    args = dataclasses.replace(args, compile=False, precision="fp32")
+    obs_dim, act_dim, num_tasks, num_embeddings = harness.read_checkpoint(run_dir)["agent"]["sizes"]
+    device = devices.choose_device(device)
+    agent = program.Agent(args, obs_dim, act_dim, num_tasks, num_embeddings, device)
+    normalizer = program.ReturnNormalizer(args, max(num_tasks, num_embeddings), act_dim, device)
+    buffer = program.ReplayBuffer(num_tasks, obs_dim, act_dim, min(args.buffer_size, args.total_steps))
+    state = harness.read_checkpoint(run_dir, buffer)
+    if not buffer.steps:
+        raise UsageError(f"The checkpoint in {run_dir} is of step 0, with an empty replay: wait for the next one.")
+    agent.load_state_dict(state["agent"])
+    normalizer.load_state_dict(state["normalizer"])
+    buffer.end_episodes(np.array([], int))  # none; it makes the loaded rows the ones to sample from
+    return args, agent, normalizer, buffer, state["env_step"]
+
+
+def task_batches(buffer, size: int) -> list:
+    """A batch of `size` transitions for every task."""
+    batch = buffer.sample(buffer.num_tasks * (4 * size + 40))  # so many that no task gets fewer than `size`
+    rows = [(batch.task_id == task).nonzero()[:size, 0] for task in range(buffer.num_tasks)]
+    return [batch._replace(**{name: field[row] for name, field in batch._asdict().items()}) for row in rows]
+
+
+def gram_matrix(loss: Callable, num_tasks: int, parameters: list, max_bytes: float):
+    """Inner products [N, N] of the gradients of loss(0) .. loss(N - 1), `max_bytes` of them in memory at a time."""
+    import torch
+    gram, group = torch.zeros(num_tasks, num_tasks, dtype=torch.float64), []
+    for index, parameter in enumerate(parameters):
+        group.append(parameter)
+        size, last = sum(p.numel() for p in group), index + 1 == len(parameters)
+        if last or 4 * num_tasks * (size + parameters[index + 1].numel()) > max_bytes:
+            gradients = torch.empty(num_tasks, size, device=parameter.device)
+            for task in range(num_tasks):
+                parts = torch.autograd.grad(loss(task), group, materialize_grads=True)
+                torch.cat([part.flatten() for part in parts], out=gradients[task])
+            gram += (gradients @ gradients.T).double().cpu()
+            group = []
+    return gram.numpy()
+
+
+def conflicts(gram: np.ndarray) -> np.ndarray:
+    """For each of N > 1 tasks, the share of the others whose gradient has a negative inner product with its own."""
+    return (gram < 0).sum(1) / (len(gram) - 1)
+
+
+def principal_components(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first two coordinates [N, 2] of rows [N, D > 1], and their shares of the variance [2]."""
+    centred = rows - rows.mean(0)
+    _, scale, axes = np.linalg.svd(centred, full_matrices=True)
+    axes *= np.sign(axes[np.arange(len(axes)), np.abs(axes).argmax(1)])[:, None]  # a sign that repeats
+    variance = np.append(scale, 0)[:2] ** 2
+    return centred @ axes[:2].T, variance / max((scale**2).sum(), 1e-30)
+
+
+def diagnose(run_args, agent, normalizer, batches: list, max_bytes: float) -> dict[str, np.ndarray]:
+    """Metric -> its values [N]."""
+    import torch
+    temperature, losses = agent.temperature, {}
+    batches = [type(batch)(*(field.to(agent.device) for field in batch)) for batch in batches]
+    batches = [batch._replace(reward=normalizer.normalize(batch.reward, batch.task_id, temperature))
+               for batch in batches]
+    next_noise, noise = torch.randn(2, *batches[0].action.shape, device=agent.device)  # the same for every task
+
+    def loss(task: int):
+        result, _ = agent.critic_loss(agent.critic, agent.target, agent.actor, temperature, run_args.gamma,
+                                      batches[task], next_noise)
+        losses[task] = result.item()
+        return result
+
+    gram = gram_matrix(loss, len(batches), list(agent.critic.parameters()), max_bytes)
+    with torch.no_grad():
+        entropy = [-agent.actor_loss(agent.critic, agent.actor, temperature, batch, noise)[1].mean().item()
+                   for batch in batches]
+    values = {"td_loss": np.array([losses[task] for task in range(len(batches))]),
+              "gradient_norm": gram.diagonal() ** 0.5, "entropy": np.array(entropy)}
+    return values | ({"conflict_share": conflicts(gram)} if len(batches) > 1 else {})
+
+
+def draw(tasks: tuple[str, ...], points: np.ndarray, shares: np.ndarray, path: Path) -> None:
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, ax = plt.subplots(figsize=(7, 6), layout="constrained")
+    ax.scatter(*points.T, s=15)
+    ax.margins(0.15)  # for the names
+    for task, point in zip(tasks, points, strict=True):
+        ax.annotate(task, point, xytext=(3, 3), textcoords="offset points", fontsize=7)
+    ax.set_xlabel(f"PC 1 ({shares[0]:.0%} of the variance)")
+    ax.set_ylabel(f"PC 2 ({shares[1]:.0%})")
+    figure.savefig(path, dpi=120)
+
+
+def main(args: Args | None = None) -> list[tuple]:
+    """The program; returns the rows of diagnostics.csv."""
+    args = args or tyro.cli(Args, description=__doc__.split("\n\n")[0])
+    harness.check_range(args, 1, float("inf"), "batch_per_task")
+    import torch
+    run_args, agent, normalizer, buffer, env_step = load_run(args.run_dir, args.device)
+    torch.manual_seed(args.seed)
+    metrics = diagnose(run_args, agent, normalizer, task_batches(buffer, args.batch_per_task), 1e9 * args.gradient_gb)
+    rows = []
+    for metric, values in metrics.items():
+        summary = {"mean": values.mean(), "std": values.std()}
+        if metric in ("td_loss", "gradient_norm"):  # an entropy has no zero to be relative to
+            summary["relative_std"] = values.std() / max(values.mean(), 1e-30)
+        rows += [(metric, *row) for row in (*zip(run_args.tasks, values, strict=True), *summary.items())]
+        print(metric.ljust(16) + ", ".join(f"{name} {value:.4g}" for name, value in summary.items()))
+    out = args.out or args.run_dir / "diagnostics"
+    out.mkdir(parents=True, exist_ok=True)
+    if isinstance(agent.critic.embedding, torch.nn.Module):  # not in single-task mode, nor a one-hot or heads
+        points, shares = principal_components(agent.critic.embed(agent.task_ids).detach().cpu().double().numpy())
+        rows += [(f"embedding_pc{k + 1}", *row) for k in range(2)
+                 for row in zip((*run_args.tasks, "variance_share"), (*points[:, k], shares[k]), strict=True)]
+        draw(run_args.tasks, points, shares, out / "embedding.png")
+    with open(out / "diagnostics.csv", "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("exp_name", "env_name", "seed", "metric", "env_step", "value"))
+        writer.writerows((run_args.exp_name, name, run_args.seed, metric, env_step, f"{value:.6g}")
+                         for metric, name, value in rows)
+    print(f"{run_args.exp_name} at step {env_step:,}: {out}")
+    return rows
+
+
+if __name__ == "__main__":
+    harness.exit_on_error(main)

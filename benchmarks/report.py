@@ -1,0 +1,396 @@
+"""Learning curves of any runs, with the authors' next to them: a figure, and a table with confidence intervals.
+
+    python benchmarks/report.py runs/demo* --out demo.png
+    python benchmarks/report.py runs/mw* --official mw mw-single --mean-only --at 0.5 1 --threshold 0.8
+    python benchmarks/report.py runs/mw* --official mw-single --mean-only --x updates     per gradient update
+    python benchmarks/report.py runs/tr --metric success --csv transfer.csv               runs of transfer.py
+    python benchmarks/report.py runs/select/embedding_map.csv --out map.png               the map of --full-map
+
+A panel per task, and one for the mean over the tasks that all methods ran. Runs are one method if they have one
+exp_name and one set of arguments in their args.json, but for those that no result depends on; where one name has several
+sets, what differs is added to it. A method's tasks may be spread over runs (a run per task), its seeds must be: two runs
+of one seed are refused. Intervals are rliable's stratified bootstrap over seeds (Agarwal et al. 2021), 95 %: with three
+seeds they show how far the seeds are apart, and no more. Curves are drawn at the steps that all seeds of a method have.
+
+The authors' curves (results/official.csv.gz) are returns and successes per task and seed, of their release; `-single` is
+their single-task agents, `cpu` two tasks of their code at width 256 on a CPU.
+"""
+
+import csv
+import gzip
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import harness  # noqa: E402
+import suites  # noqa: E402
+from harness import UsageError  # noqa: E402
+
+OFFICIAL = Path(__file__).resolve().parent / "results" / "official.csv.gz"
+
+# In args.json, but no setting of the method: facts about the run, and arguments that no result depends on.
+FREE = {"format", "run_id", "program", "go_on", "git_commit", "command", "threads", "hardware", "versions", "resumed",
+        "updates", "seed", "exp_name", "run_dir", "resume", "evaluate", "device", "replay_device", "workers", "assets",
+        "track", "capture_video", "log_interval", "checkpoint_interval", "eval_interval", "save_replay", "compile",
+        "cuda_graph", "total_steps", "suite", "split", "pad_to", "checkpoint", "task", "full_map", "allow_seen"}
+
+
+@dataclass(frozen=True)
+class Args:
+    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Run directories, directories that hold some at any depth, or metrics.csv files; or one embedding_map.csv."""
+    official: tuple[str, ...] = ()
+    """The authors' curves to put beside: mw, dmc-dogs, dmc-humanoids, hb-medium, hb-hard, sh, each also with -single
+    behind it, or cpu."""
+    tasks: tuple[str, ...] | None = None
+    """Of these tasks only."""
+    metric: Literal["score", "success", "return"] = "score"
+    """Of metrics.csv."""
+    mean_only: bool = False
+    """Only the mean over the tasks that all methods ran, in place of a panel per task as well."""
+    x: Literal["steps", "updates"] = "steps"
+    """The x axis: environment steps of a task, or gradient updates of all networks that the tasks need."""
+    at: tuple[float, ...] = (1.0,)
+    """Shares of the budget to give scores at, in the table."""
+    budget: int | None = None
+    """Environment steps of a task that the shares are of; default a method's --total-steps, or its last evaluation."""
+    threshold: float | None = None
+    """Also give the steps at which each seed first reaches this value."""
+    out: Path = Path("report.png")
+    """Where to draw the curves."""
+    columns: int = 5
+    """Most panels in a row."""
+    csv: Path | None = None
+    """Where to write the table, beside printing it in Markdown."""
+    reps: int = 2000
+    """Bootstrap resamples."""
+
+
+@dataclass
+class Method:
+    """Runs that are seeds of one thing."""
+
+    curves: dict[str, dict[int, dict[int, float]]] = field(default_factory=dict)  # task -> seed -> env step -> value
+    files: dict[tuple[str, int], Path] = field(default_factory=dict)  # of each task and seed
+    total_steps: int | None = None
+    learning_starts: int = 5000
+    updates_per_step: int = 2
+    official: bool = False
+    single: bool = False  # a network per task
+
+    def add(self, path: Path, rows: list[dict]) -> None:
+        for row in rows:
+            task, seed = row["env_name"], int(row["seed"])
+            if self.files.setdefault((task, seed), path) != path:
+                raise UsageError(f"{self.files[task, seed].parent} and {path.parent} are both seed {seed} of "
+                                 f"{row['exp_name']} on {task}, with the same arguments: leave one of them out.")
+            self.curves.setdefault(task, {}).setdefault(seed, {})[int(row["env_step"])] = float(row["value"])
+
+    def x_of(self, steps: list[int], x: str, num_tasks: int) -> np.ndarray:
+        """Positions on the x axis of evaluations of `num_tasks` tasks at `steps`."""
+        if x == "steps":
+            return np.array(steps)
+        networks = num_tasks if self.single else 1
+        return np.maximum(0, np.array(steps) - self.learning_starts) * self.updates_per_step * networks
+
+
+# --------------------------------------------------------------------------------------------------------- reading
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a metrics.csv, packed or not. Raises UsageError."""
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", newline="") as file:
+            return [row for row in csv.DictReader(file) if row["env_name"] != "mean"]
+    except (OSError, KeyError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read ({error!r}): give run directories or their metrics.csv.") from None
+
+
+def settings_of(path: Path) -> dict[str, str]:
+    """The arguments in args.json beside a metrics.csv that make up the method; none where there is no such file."""
+    try:
+        facts = json.loads((path.parent / "args.json").read_text())
+    except FileNotFoundError:
+        return {}
+    for name, value in list(facts.items()):
+        if isinstance(value, dict):  # transfer.py's own arguments
+            facts |= {f"{name}.{inner}": of_inner for inner, of_inner in facts.pop(name).items()}
+    tasks = facts.get("tasks") or ()
+    facts["tasks"] = "one each" if len(tasks) == 1 else ",".join(tasks)
+    return {name: str(value) for name, value in facts.items()
+            if value is not None and not {name.split(".")[0], name.split(".")[-1]} & FREE}
+
+
+def read_methods(paths: Sequence[Path], metric: str) -> dict[str, Method]:
+    """The methods whose runs are under `paths`, by name. Raises UsageError."""
+    for path in paths:
+        if not path.exists():
+            raise UsageError(f"There is no {path}: give run directories or their metrics.csv.")
+    files = {file.resolve(): file for path in paths
+             for file in (sorted(path.rglob("metrics.csv")) if path.is_dir() else [path])}
+    runs: dict[str, list] = {}  # by exp_name
+    for file in files.values():
+        rows = [row for row in read_rows(file) if row["metric"] == metric]
+        for name in dict.fromkeys(row["exp_name"] for row in rows):
+            runs.setdefault(name, []).append((file, [row for row in rows if row["exp_name"] == name], settings_of(file)))
+    methods: dict[str, Method] = {}
+    for name, of_name in runs.items():
+        names = sorted({key for *_, settings in of_name for key in settings})
+        differs = [key for key in names if len({settings.get(key) for *_, settings in of_name}) > 1]
+        for file, rows, settings in of_name:
+            suffix = ", ".join(f"{key} {settings.get(key, 'unset')}" for key in differs)
+            method = methods.setdefault(f"{name} ({suffix})" if suffix else name, Method())
+            method.add(file, rows)
+            if (path := file.parent / "args.json").exists():
+                facts = json.loads(path.read_text())
+                method.total_steps = max(method.total_steps or 0, facts["total_steps"])
+                method.learning_starts, method.updates_per_step = facts["learning_starts"], facts["updates_per_step"]
+                method.single = len(facts["tasks"]) == 1
+    if paths and not methods:
+        raise UsageError(f"{', '.join(map(str, paths))} has no evaluation of '{metric}' yet: give the directories of "
+                         "runs after their first one, or another --metric.")
+    return methods
+
+
+def read_official(names: Sequence[str], metric: str) -> dict[str, Method]:
+    """The authors' curves called `names`. Raises UsageError."""
+    rows = read_rows(OFFICIAL) if names else []
+    methods: dict[str, Method] = {}
+    for name in names:
+        known = dict.fromkeys(row["exp_name"].removeprefix("authors-") for row in rows)
+        if name not in known:
+            raise UsageError(f"No curves of the authors are called '{name}': the names are {', '.join(known)}.")
+        method = methods[f"authors, {name}"] = Method(official=True, single=name == "cpu" or name.endswith("-single"))
+        for row in rows:
+            if row["exp_name"] == f"authors-{name}" and metric in (row["metric"], "score"):
+                if metric == "score":
+                    value = float(row["value"])
+                    row = row | {"value": suites.score(row["env_name"], value, value)}
+                method.add(OFFICIAL, [row])
+        if not method.curves:
+            raise UsageError(f"The authors' curves '{name}' have no {metric}: give --metric score.")
+    return methods
+
+
+# ------------------------------------------------------------------------------------------------------ statistics
+
+
+def matrix(tasks: dict[str, dict[int, dict[int, float]]]) -> tuple[list[int], np.ndarray]:
+    """The steps and seeds that all tasks share, as steps and values [seeds, tasks, steps]."""
+    seeds = sorted(set.intersection(*(set(runs) for runs in tasks.values())))
+    steps = sorted(set.intersection(*(set(runs[seed]) for runs in tasks.values() for seed in seeds or runs)))
+    return steps, np.array([[[tasks[task][seed][step] for step in steps] for task in tasks] for seed in seeds])
+
+
+def interval(values: np.ndarray, reps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Means over seeds and tasks of values [seeds, tasks, steps], and their 95 % intervals [2, steps]."""
+    from rliable import library
+
+    if len(values) == 1:  # one seed says nothing about others
+        mean = values.mean((0, 1))
+        return mean, np.stack([mean, mean])
+    np.random.seed(0)  # rliable draws from the global generator, whatever random_state it is given
+    means, intervals = library.get_interval_estimates({"": values}, lambda scores: scores.mean((0, 1)), reps=reps)
+    return means[""], intervals[""]
+
+
+def first_reached(steps: list[int], values: np.ndarray, threshold: float) -> list[int | None]:
+    """Per seed, the first of `steps` at which the mean over tasks of values [seeds, tasks, steps] is `threshold`."""
+    reached = values.mean(1) >= threshold
+    return [steps[int(of_seed.argmax())] if of_seed.any() else None for of_seed in reached]
+
+
+class Result(NamedTuple):
+    """A method in a panel."""
+
+    steps: list[int]
+    x: np.ndarray
+    mean: np.ndarray  # [steps]
+    low: np.ndarray
+    high: np.ndarray
+    rows: list[dict]  # of the table, one per share
+
+
+def evaluate(args: Args, panel: str, name: str, method: Method, tasks: Sequence[str]) -> Result | None:
+    steps, values = matrix({task: method.curves[task] for task in tasks})
+    if not steps or not len(values):
+        print(f"{name} has no seed or no step in common on {panel}: left out there.", file=sys.stderr)
+        return None
+    mean, (low, high) = interval(values, args.reps)
+    average, (average_low, average_high) = interval(values.mean(-1, keepdims=True), args.reps)
+    budget, rows = args.budget or method.total_steps or steps[-1], []
+    for share in args.at:
+        row = {"task": panel, "method": name, "seeds": len(values), "at": share}
+        if steps[-1] >= share * budget and share * budget >= steps[0]:
+            last = max(index for index, step in enumerate(steps) if step <= share * budget)
+            row |= {"env_step": steps[last], "value": mean[last], "low": low[last], "high": high[last]}
+        row |= {"mean": average[0], "mean_low": average_low[0], "mean_high": average_high[0]}
+        if args.threshold is not None:
+            row["reached"] = first_reached(steps, values, args.threshold)
+        rows.append(row)
+    return Result(steps, method.x_of(steps, args.x, len(tasks)), mean, low, high, rows)
+
+
+def panels(args: Args, methods: dict[str, Method]) -> dict[str, list[str]]:
+    """Panel -> its tasks: one per task of the runs, and one for the mean over those that all methods ran."""
+    own = [method for method in methods.values() if not method.official] or list(methods.values())
+    tasks = list(dict.fromkeys(task for method in own for task in method.curves))
+    if missing := [task for task in args.tasks or () if task not in tasks]:
+        raise UsageError(f"No run is of task '{missing[0]}': the tasks are {', '.join(tasks)}.")
+    tasks = list(args.tasks or tasks)
+    shared = [task for task in tasks if all(task in method.curves for method in methods.values())]
+    if args.mean_only and not shared:
+        raise UsageError("No task is in all of these methods, so there is no mean to compare: leave --mean-only out.")
+    return ({} if args.mean_only else {task: [task] for task in tasks}) | ({"mean": shared} if len(shared) > 1
+                                                                           or args.mean_only else {})
+
+
+# ---------------------------------------------------------------------------------------------------------- output
+
+
+def draw(args: Args, results: dict[str, dict[str, Result]], methods: dict[str, Method]) -> None:
+    """The figure: a grid of panels, a line with its interval per method, dashed for the authors'."""
+    plt = pyplot()
+    columns = min(args.columns, len(results))
+    rows = -(-len(results) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(0.5 + 3.2 * columns, 0.6 + 2.4 * rows), squeeze=False,
+                                sharey=args.metric != "return", layout="constrained")
+    colors = {name: f"C{index}" for index, name in enumerate(methods)}
+    for ax, (panel, of_panel) in zip(axes.flat, results.items()):
+        for name, result in of_panel.items():
+            if len(result.steps) > 1:
+                ax.plot(result.x, result.mean, "--" if methods[name].official else "-", color=colors[name], label=name)
+                ax.fill_between(result.x, result.low, result.high, color=colors[name], alpha=0.2, linewidth=0)
+            else:
+                ax.errorbar(result.x, result.mean, [result.mean - result.low, result.high - result.mean],
+                            color=colors[name], label=name, marker="o", capsize=3)
+        if own := [result.x[-1] for name, result in of_panel.items() if not methods[name].official]:
+            ax.set_xlim(-0.04 * max(*own, 1), 1.04 * max(*own, 1))
+        ax.set_title(panel)
+        ax.grid(alpha=0.3)
+    for ax in axes.flat[len(results):]:
+        ax.set_axis_off()
+    for ax in axes[-1]:
+        ax.set_xlabel({"steps": "environment steps", "updates": "gradient updates"}[args.x])
+    for ax in axes[:, 0]:
+        ax.set_ylabel(args.metric)
+    handles = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(4, columns), fontsize="small")
+    save(figure, args.out)
+
+
+def draw_map(path: Path, tasks: Sequence[str], embeddings: Sequence[str], scores: Sequence[Sequence[float]]) -> None:
+    """A heat map, a row per new task and a column per pretrained embedding (the paper's Figure 24)."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(2 + 0.3 * len(embeddings), 2 + 0.3 * len(tasks)), layout="constrained")
+    image = axes.imshow(scores, aspect="auto", cmap="viridis")
+    axes.set_xticks(range(len(embeddings)), embeddings, rotation=90)
+    axes.set_yticks(range(len(tasks)), tasks)
+    axes.set_xlabel("embedding of the pretraining task")
+    figure.colorbar(image, label="score on the new task")
+    save(figure, path)
+
+
+def embedding_map(root: Path, folders: dict[str, Path], embeddings: Sequence[str]) -> None:
+    """Table and heat map of transfer.py's trials, which lie in a folder per new task."""
+    scores = []
+    for folder in folders.values():
+        with open(folder / "candidates.csv", newline="") as file:
+            trials = {row["embedding"]: float(row["score"]) for row in csv.DictReader(file)}
+        scores.append([trials[name] for name in embeddings])
+    with open(root / "embedding_map.csv", "w", newline="") as file:
+        rows = [[task, *row] for task, row in zip(folders, scores, strict=True)]
+        csv.writer(file, lineterminator="\n").writerows([["task", *embeddings], *rows])
+    draw_map(root / "embedding_map.png", list(folders), embeddings, scores)
+
+
+def pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt
+
+
+def save(figure: Any, path: Path) -> None:
+    """As a PNG of 255 colours, a third of the bytes; other formats as they are."""
+    figure.savefig(path, dpi=90)
+    pyplot().close(figure)
+    if path.suffix == ".png":
+        from PIL import Image
+
+        with Image.open(path) as image:
+            image.convert("RGB").quantize(255, dither=Image.Dither.NONE).save(path, optimize=True)
+    print(f"Drawn: {path}", file=sys.stderr)
+
+
+def table(args: Args, rows: list[list[dict]]) -> str:
+    """The results in Markdown: a line per task and method, a column per share of the budget."""
+    header = ["task", "method", "seeds", *(f"at {share:g} of the budget (steps)" for share in args.at),
+              "mean of all evaluations"]
+    header += [f"steps to {args.threshold:g}: median, seeds"] if args.threshold is not None else []
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    for shares in rows:
+        first = shares[0]
+        cells = [first["task"], first["method"], str(first["seeds"])]
+        cells += ["{value:.3f} [{low:.3f}, {high:.3f}] ({env_step:,})".format(**row) if "value" in row else ""
+                  for row in shares]
+        cells.append("{mean:.3f} [{mean_low:.3f}, {mean_high:.3f}]".format(**first))
+        if "reached" in first:
+            times = [step for step in first["reached"] if step is not None]
+            # Of seeds that never reach it the time is infinite: the median exists if it is not.
+            ordered = sorted(times) + [None] * (first["seeds"] - len(times))
+            median = ordered[(len(ordered) - 1) // 2]
+            cells.append(f"{'never' if median is None else f'{median:,}'}, {len(times)} of {first['seeds']}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write_csv(path: Path, rows: list[list[dict]]) -> None:
+    """The table, a row per task, method and share."""
+    flat = [{name: f"{value:.3f}" if isinstance(value, float) and name != "at" else value
+             for name, value in row.items()} for shares in rows for row in shares]
+    for row in flat:
+        if "reached" in row:
+            row["reached"] = " ".join("never" if step is None else str(step) for step in row["reached"])
+    with open(path, "w", newline="") as file:
+        columns = "task,method,seeds,at,env_step,value,low,high,mean,mean_low,mean_high".split(",")
+        writer = csv.DictWriter(file, columns + ["reached"] * ("reached" in flat[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(flat)
+
+
+def main(args: Args | None = None) -> None:
+    args = args or tyro.cli(Args, description=__doc__.split("\n\n")[0])
+    for path in args.runs:
+        if path.suffix == ".csv" and path.is_file() and path.read_text().startswith("task,"):
+            with open(path, newline="") as file:
+                (_, *embeddings), *rows = csv.reader(file)
+            return draw_map(args.out, [row[0] for row in rows], embeddings,
+                            [[float(value) for value in row[1:]] for row in rows])
+    if not args.runs and not args.official:
+        raise UsageError("Nothing to draw: give run directories, --official, or both.")
+    methods = read_methods(args.runs, args.metric) | read_official(args.official, args.metric)
+    results: dict[str, dict[str, Result]] = {}
+    for panel, tasks in panels(args, methods).items():
+        here = {name: evaluate(args, panel, name, method, tasks) for name, method in methods.items()
+                if all(task in method.curves for task in tasks)}
+        results[panel] = {name: result for name, result in here.items() if result}
+    rows = [result.rows for of_panel in results.values() for result in of_panel.values()]
+    if not rows:
+        raise UsageError("No method has a step that all of its seeds share: give runs that have been evaluated alike.")
+    draw(args, results, methods)
+    if args.csv:
+        write_csv(args.csv, rows)
+    print(table(args, rows))
+
+
+if __name__ == "__main__":
+    harness.exit_on_error(main)
