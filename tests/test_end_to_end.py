@@ -170,7 +170,7 @@ def test_a_copy_of_the_script_in_a_folder_with_spaces_is_a_program_of_its_own(tm
 # ---------------------------------------------------------------------------------------------------------- faults
 
 
-LONG = ("--tasks reach drawer-close --width 32 --actor-width 16 --batch-size 32 --learning-starts 150 "
+LONG = ("--tasks reach drawer-close --width 32 --actor-width 16 --batch-size 32 --learning-starts 50 "
         "--total-steps 1000000 --eval-interval 200000 --eval-episodes 1 --checkpoint-interval 100 --device cpu "
         "--no-compile --workers 2 --run-dir run")
 
@@ -217,8 +217,8 @@ class Failing(gym.Wrapper):
             raise ZeroDivisionError("the simulator is unwell")
         return self.env.step(action)
 
-def make(task, seed, render_mode=None):
-    env = original(task, seed, render_mode=render_mode)
+def make(task, seed, **options):
+    env = original(task, seed, **options)
     return Failing(env) if task == "drawer-close" else env
 
 original, metaworld.make = metaworld.make, make
@@ -269,8 +269,8 @@ def test_a_run_whose_output_nobody_takes_ends_well(toys, tmp_path, shell):
 
 def test_a_run_goes_on_when_its_terminal_goes_away(toys, tmp_path):
     ours, theirs = pty.openpty()
-    process = subprocess.Popen(["nohup", *toys], cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs,
-                               start_new_session=True)
+    process = subprocess.Popen(["bash", "-c", f"trap '' HUP; exec {shlex.join(toys)}"], cwd=tmp_path, stdin=theirs, stdout=theirs,
+                               stderr=theirs, start_new_session=True)
     os.close(theirs)
     while b"run" not in os.read(ours, 1000):
         pass
