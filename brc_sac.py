@@ -744,9 +744,7 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
     torch.manual_seed(harness.derived_seed(args.seed, "networks"))
     agent = Agent(args, envs.obs_dim, envs.act_dim, num_tasks, start.num_embeddings, device)
     agent.task_ids, agent.share = agent.task_ids[rank::size], len(tasks) / num_tasks
-    counts = [len(args.tasks[other::size]) for other in range(rank + 1)]
-    batch_size = (round(args.batch_size * sum(counts) / num_tasks)
-                  - round(args.batch_size * sum(counts[:-1]) / num_tasks))
+    batch_size = devices.share(args.batch_size, num_tasks)
     normalizer = ReturnNormalizer(args, max(len(tasks), agent.sizes[-1]), envs.act_dim, device)
     capacity = min(args.buffer_size, args.total_steps)
     buffer = ReplayBuffer(len(tasks), envs.obs_dim, envs.act_dim, capacity, replay_device)
@@ -758,8 +756,8 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
     run.open(buffer)
     replay = start.prepare(run, agent, normalizer, buffer)
     env_step = restore(run.state, agent, normalizer, buffer) if run.state else start.first_step  # of each task
-    if rank:
-        torch.manual_seed(harness.derived_seed(args.seed, f"rank {rank}", env_step))
+    if rank and not run.state:
+        torch.manual_seed(harness.derived_seed(args.seed, f"rank {rank}"))
 
     def sample() -> Batch:
         """A batch on its way to the training device."""

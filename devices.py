@@ -87,6 +87,13 @@ def join() -> tuple[int, int]:
     return rank, size
 
 
+def share(batch_size: int, num_tasks: int) -> int:
+    """This rank's part of a batch, in proportion to its tasks, of which rank r has r, r + size, r + 2 size ..."""
+    rank, size = join()
+    before, up_to = (sum(len(range(other, num_tasks, size)) for other in range(stop)) for stop in (rank, rank + 1))
+    return round(batch_size * up_to / num_tasks) - round(batch_size * before / num_tasks)
+
+
 def largest(numbers: list[int]) -> list[int]:
     """Of each number the largest that a rank has."""
     tensor = torch.tensor(numbers)
