@@ -6,19 +6,19 @@
     python transfer.py data --checkpoint runs/pre --task assembly                     fresh networks, the old replay
     python transfer.py model --checkpoint runs/pre --task assembly --baseline         from scratch, for comparison
     python transfer.py embedding --checkpoint runs/pre --suite mw --full-map          all of a suite's; Figure 24
-    python transfer.py model --resume runs/<run>                                      go on after a crash or a kill
+    python transfer.py model --resume runs/<run>                                      go on after a kill
 
-Every protocol is a run of the agent's own training loop on one new task: `prepare` below sets its fresh learner up, and
-the rest are arguments. The agent is the script that wrote the checkpoint: brc_sac.py, brc_drq.py, a copy of one.
+Every protocol is a run of the agent's own loop on one new task: `prepare` sets its fresh learner up, the rest are
+arguments. The agent is the script that wrote the checkpoint: brc_sac.py, brc_drq.py, a copy of one.
 
     model      Critic, target, actor and temperature go on from the pretrained ones; optimiser, buffer and return scale
                are fresh, and learning waits for the first finished episode, which gives that scale. The policy acts
                from the first step. The paper: "initializing a single-task learner with the weights", and no more.
     embedding  All weights are frozen, and the temperature. zero-shot: a random pretrained embedding. select (few-shot):
                each is tried on the new task, the best one kept. The paper spends 300 transitions in all on that
-               (--transitions 300); how its authors fit 85 candidates into 300 is not stated. tune is not in the paper:
-               from the best, the vector alone learns through TD, its target a Polyak copy; then it is tried too, and
-               kept if it did better. It starts with the best one's return scale, the unit of the frozen critic.
+               (--transitions 300); how 85 candidates fit into 300 is not stated. tune is not in the paper: from the
+               best, the vector alone learns through TD, in the unit of its return scale, its target a Polyak copy;
+               then it is tried too, and kept if it did better.
     data       A fresh learner; half of each batch is from the pretraining replay (RLPD, arXiv 2302.02948). As the paper
                words it ("a fresh single-task learner") with --prior-tasks merged: no embedding, and one return scale,
                over the old episodes too. The default, separate, is not in the paper: a multi-task learner, of which
@@ -165,7 +165,6 @@ ARGS = harness.exit_on_error(harness.parse_args, *PARSE) if __name__ == "__main_
 
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
-
 import devices  # noqa: E402
 
 # ----------------------------------------------------------------------------------------------------- pretraining
