@@ -33,8 +33,6 @@ import dataclasses
 import importlib
 import json
 import math
-import os
-import signal
 import sys
 import time
 from dataclasses import dataclass

@@ -51,7 +51,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import brc_sac
 import devices
-import harness
 from harness import UsageError
 
 RELEASE = {"variant": "release", "embedding_norm": "l2"}  # the vectors come from the authors' code
