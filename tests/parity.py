@@ -407,6 +407,11 @@ def observe_update(agent: brc_sac.Agent, vectors: Vectors, u: int) -> dict[str, 
     }
 
 
+def rounded(atoms: Tensor) -> Tensor:
+    """The same, but under RandomRounding, where linspace rounds every atom by about a last bit of the largest."""
+    return atoms + atoms[-1] * (torch.ones_like(atoms) * 1 - 1)
+
+
 def check_updates(vectors: Vectors, precision: str = "fp32", compile: bool = False, device: str = "cpu") -> list[Row]:
     agent = fresh_agent(vectors)
     rows = check_initialisers(vectors, agent)
@@ -416,11 +421,13 @@ def check_updates(vectors: Vectors, precision: str = "fp32", compile: bool = Fal
 
     def observe(agent: brc_sac.Agent = agent) -> dict[str, Tensor]:
         learner = copy.deepcopy(agent)
+        learner.critic.atoms = rounded(agent.critic.atoms)
         values = {"eval/actions_temperature0": learner.act(vectors.tensor("eval/observations"), None)}
         for u in updates:
             values |= {f"u{u + 1}/{name}": value for name, value in observe_update(learner, vectors, u).items()}
         if agent.args.precision == "fp32":
             learner = copy.deepcopy(agent)
+            learner.critic.atoms = rounded(agent.critic.atoms)
             for u in updates:
                 learner.update(*read_batch(vectors, u))
             values |= {f"official_after2/{key}": as_reference(key, x) for key, x in named_parameters(learner).items()}
@@ -574,7 +581,7 @@ def check_units(vectors: Vectors) -> list[Row]:
     atoms = brc_sac.Critic(args, obs_dim=1, act_dim=1, num_embeddings=0).atoms
 
     def observe() -> dict[str, Tensor]:
-        values = observe_temperature(vectors) | observe_layers(vectors) | observe_projection(vectors, atoms)
+        values = observe_temperature(vectors) | observe_layers(vectors) | observe_projection(vectors, rounded(atoms))
         for case in cases:
             values |= observe_adamw(vectors, case)
         return values
