@@ -366,13 +366,6 @@ class Batch(NamedTuple):
     task_id: Tensor  # [B]
 
 
-def send(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
-    """`values` on `device`, without waiting for it: a GPU copies from pinned memory while it computes."""
-    values = torch.as_tensor(values)
-    pin = device.type == "cuda" and values.device.type == "cpu"
-    return (values.contiguous().pin_memory() if pin else values).to(device, non_blocking=True)
-
-
 class ReplayBuffer:
     """The last `capacity` steps of N games, which step together: a ring of rows; rewards are raw.
 
@@ -416,12 +409,13 @@ class ReplayBuffer:
             truncated: np.ndarray, life_lost: np.ndarray, next_obs: np.ndarray) -> None:
         """Stores one step of every task: [N, 4, 84, 84], five [N], [N, 4, 84, 84]; next_obs is never a reset's."""
         row, age = self.steps % len(self.rows), np.minimum(self.episode_steps, STACK - 1)
-        self.rows[row] = send(np.stack([action, reward, terminated | life_lost, age], 1, dtype=np.float32), self.device)
-        self.frames[row] = send(obs[:, -1], self.device)
+        values = np.stack([action, reward, terminated | life_lost, age], 1, dtype=np.float32)
+        self.rows[row] = devices.send(values, self.device)
+        self.frames[row] = devices.send(obs[:, -1], self.device)
         self.end[row].zero_()
         self.steps += 1
         self.episode_steps += 1
-        self.frames[self.steps % len(self.rows)] = send(next_obs[:, -1], self.device)
+        self.frames[self.steps % len(self.rows)] = devices.send(next_obs[:, -1], self.device)
         self.end_episodes(np.flatnonzero(terminated | truncated))
 
     def current_obs(self) -> Tensor:
@@ -437,7 +431,7 @@ class ReplayBuffer:
             self.end_step.numpy()[places] = self.steps - 1
             self.ends += len(tasks)
             self.episode_steps[tasks] = 0
-            index = send(np.stack([tasks, places, numbers + 1]), self.device)
+            index = devices.send(np.stack([tasks, places, numbers + 1]), self.device)
             self.last_frame[index[1]] = self.frames[self.steps % len(self.rows), index[0]]
             self.end[(self.steps - 1) % len(self.rows), index[0]] = index[2].int()
         # Where `last_frame` is full, the steps up to the oldest end in it are given up.
@@ -445,7 +439,7 @@ class ReplayBuffer:
         self.oldest = max(self.oldest, self.steps - self.capacity, full_since + 1)
         incomplete = np.minimum(self.episode_steps, self.n_step - 1)  # the newest steps' n-step returns are
         size = self.steps - self.oldest - incomplete
-        self.window.copy_(send(np.stack([np.full_like(size, self.oldest), size]), self.device))
+        self.window.copy_(devices.send(np.stack([np.full_like(size, self.oldest), size]), self.device))
 
     def sample(self, batch_size: int) -> Batch:
         """A batch with raw rewards, uniform over tasks and over the steps of each that can be sampled."""
@@ -666,7 +660,7 @@ def evaluate(agent: Agent, envs: Games, episodes: int, seed: int, video: bool = 
             for row, stack in zip(rows, obs, strict=True):
                 if row % copies == 0 and left[row] == first:
                     frames[row // copies].append(stack[-1])
-        observed, task_id = send(obs, agent.device), send(rows // copies, agent.device)
+        observed, task_id = devices.send(obs, agent.device), devices.send(rows // copies, agent.device)
         result = envs.step(agent.act(observed, task_id, agent.args.eval_epsilon, generator).cpu().numpy(), rows)
         episode_return[rows] += result.reward
         for row in rows[result.terminated | result.truncated]:
@@ -719,7 +713,7 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
 
     def sample() -> Batch:
         """A batch on its way to the training device."""
-        return Batch(*(send(field, device) for field in replay.sample(args.batch_size)))
+        return Batch(*(devices.send(field, device) for field in replay.sample(args.batch_size)))
 
     def updates(batch: Batch) -> dict[str, Tensor]:
         """The gradient updates of one environment step, the first of them from `batch`. Never waits for the device."""
@@ -755,7 +749,7 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
 
             # act
             epsilon = args.epsilon if start.acts else exploration(args, env_step)
-            action = agent.act(send(obs, device), agent.task_ids, epsilon)
+            action = agent.act(devices.send(obs, device), agent.task_ids, epsilon)
             # a pretrained critic would unlearn from the rewards of 0 before the first episode has given a return scale
             learning = env_step >= args.learning_starts and not (start.acts and np.isinf(normalizer.return_max).any())
             batch = sample() if learning else None  # from host memory while the device is busy with the last updates
@@ -805,7 +799,7 @@ def make_buffer(args: Args, device: torch.device) -> ReplayBuffer:
 
 def raw_value(agent: Agent, normalizer: ReturnNormalizer, obs: np.ndarray) -> np.ndarray:
     """The greedy action's value [N] of observations [N, 4, 84, 84] in raw reward units. Waits for the device."""
-    value = agent.q_values(send(obs, agent.device), agent.task_ids).amax(-1)
+    value = agent.q_values(devices.send(obs, agent.device), agent.task_ids).amax(-1)
     return normalizer.denormalize(value, agent.task_ids).cpu().numpy()
 
 

@@ -454,10 +454,10 @@ class ReplayBuffer:
         """Stores one step of every task: [N, O], [N, A], [N], [N], [N], [N, O]; next_obs is never a reset's."""
         row = self.steps % len(self.rows)
         values = np.concatenate([obs, action, reward[:, None], terminated[:, None]], axis=1, dtype=np.float32)
-        self.rows[row].copy_(torch.from_numpy(values), non_blocking=True)
+        self.rows[row] = devices.send(values, self.device)
         self.end[row].zero_()
         self.steps += 1
-        self.current_obs().copy_(torch.from_numpy(next_obs), non_blocking=True)
+        self.current_obs().copy_(devices.send(next_obs, self.device))
         self.end_episodes(np.flatnonzero(terminated | truncated))
 
     def current_obs(self) -> Tensor:
@@ -470,13 +470,13 @@ class ReplayBuffer:
             places = numbers % len(self.last_obs)
             self.end_step.numpy()[places] = self.steps - 1
             self.ends += len(tasks)
-            index = torch.from_numpy(np.stack([tasks, places, numbers + 1])).to(self.device, non_blocking=True)
+            index = devices.send(np.stack([tasks, places, numbers + 1]), self.device)
             self.last_obs[index[1]] = self.current_obs()[index[0]]
             self.end[(self.steps - 1) % len(self.rows), index[0]] = index[2].int()
         # The step whose end has the place that is the next to be taken is given up, and what is older.
         taken = int(self.end_step[self.ends % len(self.last_obs)])
         self.oldest = max(self.oldest, self.steps - self.capacity, 1 + taken)
-        self.window.copy_(torch.tensor([self.oldest, self.steps - self.oldest]), non_blocking=True)
+        self.window.copy_(devices.send(np.array([self.oldest, self.steps - self.oldest]), self.device))
 
     def sample(self, batch_size: int) -> Batch:
         """A batch with raw rewards, uniform over tasks and over the steps kept."""
@@ -562,16 +562,18 @@ def temperature_loss(log_temperature: Tensor, entropy: Tensor, target_entropy: f
     return log_temperature.exp() * (entropy - target_entropy)
 
 
-def make_adamw(parameters: Iterable[nn.Parameter], args: Args) -> torch.optim.AdamW:
+def make_adamw(parameters: Iterable[nn.Parameter], args: Args, beta1: float = 0.9, decays: bool = True
+               ) -> torch.optim.AdamW:
     """AdamW of critic and actor: decoupled decay on every parameter, no mask (release)."""
-    return torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.999), eps=1e-8,
-                             weight_decay=args.weight_decay, fused=True, capturable=True)
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(beta1, 0.999), eps=1e-8,
+                                  weight_decay=args.weight_decay * decays, fused=True, capturable=True)
+    optimizer._warned_capturable_if_run_uncaptured = True  # the first steps of a CUDA graph, and of all other runs
+    return optimizer
 
 
-def make_temperature_adam(log_temperature: nn.Parameter, args: Args) -> torch.optim.Adam:
+def make_temperature_adam(log_temperature: nn.Parameter, args: Args) -> torch.optim.AdamW:
     """Adam with beta1 = 0.5 and no decay (release)."""
-    return torch.optim.Adam([log_temperature], lr=args.learning_rate, betas=(0.5, 0.999), eps=1e-8, fused=True,
-                            capturable=True)
+    return make_adamw([log_temperature], args, beta1=0.5, decays=False)
 
 
 # ----------------------------------------------------------------------------------------------------------- agent
@@ -742,9 +744,7 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
     torch.manual_seed(harness.derived_seed(args.seed, "networks"))
     agent = Agent(args, envs.obs_dim, envs.act_dim, num_tasks, start.num_embeddings, device)
     agent.task_ids, agent.share = agent.task_ids[rank::size], len(tasks) / num_tasks
-    counts = [len(args.tasks[other::size]) for other in range(rank + 1)]
-    batch_size = (round(args.batch_size * sum(counts) / num_tasks)
-                  - round(args.batch_size * sum(counts[:-1]) / num_tasks))
+    batch_size = devices.share(args.batch_size, num_tasks)
     normalizer = ReturnNormalizer(args, max(len(tasks), agent.sizes[-1]), envs.act_dim, device)
     capacity = min(args.buffer_size, args.total_steps)
     buffer = ReplayBuffer(len(tasks), envs.obs_dim, envs.act_dim, capacity, replay_device)
@@ -756,18 +756,23 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
     run.open(buffer)
     replay = start.prepare(run, agent, normalizer, buffer)
     env_step = restore(run.state, agent, normalizer, buffer) if run.state else start.first_step  # of each task
-    if rank:
-        torch.manual_seed(harness.derived_seed(args.seed, f"rank {rank}", env_step))
+    if rank and not run.state:
+        torch.manual_seed(harness.derived_seed(args.seed, f"rank {rank}"))
 
-    def updates() -> dict[str, Tensor]:
-        """The gradient updates of one environment step. Never waits for the device."""
+    def sample() -> Batch:
+        """A batch on its way to the training device."""
+        return Batch(*(devices.send(field, device) for field in replay.sample(batch_size)))
+
+    def updates(batch: Batch | None = None) -> dict[str, Tensor]:
+        """The gradient updates of one environment step, the first of them from `batch`. Never waits for the device."""
         for _ in range(args.updates_per_step):
-            batch = Batch(*(field.to(device, non_blocking=True) for field in replay.sample(batch_size)))
+            batch = batch or sample()
             reward = normalizer.normalize(batch.reward, batch.task_id, agent.temperature)
             next_noise, noise = torch.randn(2, batch_size, envs.act_dim, device=device)
             of_all = batch._replace(reward=reward, task_id=batch.task_id * size + rank)  # the task's number among all
             metrics, log_prob = agent.update(of_all, next_noise, noise)
             normalizer.observe_entropy(log_prob, batch.task_id)
+            batch = None
         return metrics
 
     if args.cuda_graph and device.type == "cuda" and device == replay_device:
@@ -806,15 +811,17 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
                 action = 2 * torch.rand(len(tasks), envs.act_dim, device=device) - 1
             else:
                 noise = torch.randn(len(tasks), envs.act_dim, device=device)
-                action = agent.act(torch.from_numpy(obs).to(device, non_blocking=True), noise)
+                action = agent.act(devices.send(obs, device), noise)
+            # a pretrained critic would unlearn from the rewards of 0 before the first episode has given a return scale
+            learning = env_step >= args.learning_starts and not (start.acts and np.isinf(normalizer.return_max).any())
+            from_host = learning and device != replay_device
+            batch = [sample()] if from_host else []  # while the device is still busy with the updates before
             action = action.cpu().numpy()  # waits for the device: the simulators need the actions
             run.check_finite({"action": action}, env_step)
             # step, and update while the simulators work: the newest transition is sampled a step later
             envs.step_async(action)
-            # a pretrained critic would unlearn from the rewards of 0 before the first episode has given a return scale
-            learning = env_step >= args.learning_starts and not (start.acts and np.isinf(normalizer.return_max).any())
             if learning and args.overlap:
-                metrics = updates()
+                metrics = updates(*batch)
             result = envs.step_wait()
             env_step += 1
             # store
@@ -823,7 +830,7 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
             normalizer.observe(result.reward, result.terminated, result.truncated, last_value)
             obs = result.obs
             if learning and not args.overlap:
-                metrics = updates()
+                metrics = updates(*batch)
             # log
             run.bar.update()
             if env_step % args.log_interval == 0 and metrics:

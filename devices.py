@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -29,11 +30,19 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def send(values: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`values` on `device`, without waiting for it: a GPU copies from pinned memory while it computes."""
+    values = torch.as_tensor(values)
+    pin = device.type == "cuda" and values.device.type == "cpu"
+    return (values.contiguous().pin_memory() if pin else values).to(device, non_blocking=True)
+
+
 def compiled(function: Callable) -> Callable:
     """`function`, compiled at its first call; what cannot be compiled runs as it is, with torch's warning."""
     torch._dynamo.config.suppress_errors = True
-    # Compiles the backward at once too, where its failure is suppressed as well.
-    torch._functorch.config.force_non_lazy_backward_lowering = True
+    if hasattr(torch._functorch.config, "force_non_lazy_backward_lowering"):  # torch 2.13
+        # Compiles the backward at once too, where its failure is suppressed as well.
+        torch._functorch.config.force_non_lazy_backward_lowering = True
     os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # to try the processor's instruction sets takes 8 s
     return torch.compile(function)
 
@@ -76,6 +85,13 @@ def join() -> tuple[int, int]:
         if rank:
             sys.stdout = open(os.devnull, "w")
     return rank, size
+
+
+def share(batch_size: int, num_tasks: int) -> int:
+    """This rank's part of a batch, in proportion to its tasks, of which rank r has r, r + size, r + 2 size ..."""
+    rank, size = join()
+    before, up_to = (sum(len(range(other, num_tasks, size)) for other in range(stop)) for stop in (rank, rank + 1))
+    return round(batch_size * up_to / num_tasks) - round(batch_size * before / num_tasks)
 
 
 def largest(numbers: list[int]) -> list[int]:

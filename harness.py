@@ -91,10 +91,11 @@ def fill(args: Any, **defaults: Any) -> Any:
 
 
 def check_range(args: Any, low: float, high: float, *names: str) -> None:
-    """Raises UsageError where one of the arguments `names` is not from `low` to `high`."""
+    """Raises UsageError where one of the arguments `names` is given and not from `low` to `high`."""
     for name in names:
-        if not low <= getattr(args, name) <= high:
-            raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give a number of at least {low:g}"
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise UsageError(f"--{name.replace('_', '-')} is {value}: give a number of at least {low:g}"
                              + f" and at most {high:g}" * (high < float("inf")) + ".")
 
 
@@ -243,7 +244,7 @@ class Run:
         arguments = dataclasses.asdict(self.args) | {"resume": None, "evaluate": None, "run_dir": str(self.dir)}
         path = self.dir / "args.json"
         if self.args.resume:
-            facts = json.loads(path.read_text()) | arguments
+            facts = json.loads(path.read_text()) | arguments | self.facts
             facts["resumed"] = [*facts.get("resumed", []), {"env_step": self.saved_step} | here]
         else:
             facts = arguments | {"format": FORMAT, "run_id": os.urandom(6).hex(), "program": str(PROGRAM.resolve()),

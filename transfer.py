@@ -6,19 +6,19 @@
     python transfer.py data --checkpoint runs/pre --task assembly                     fresh networks, the old replay
     python transfer.py model --checkpoint runs/pre --task assembly --baseline         from scratch, for comparison
     python transfer.py embedding --checkpoint runs/pre --suite mw --full-map          all of a suite's; Figure 24
-    python transfer.py model --resume runs/<run>                                      go on after a crash or a kill
+    python transfer.py model --resume runs/<run>                                      go on after a kill
 
-Every protocol is a run of the agent's own training loop on one new task: `prepare` below sets its fresh learner up, and
-the rest are arguments. The agent is the script that wrote the checkpoint: brc_sac.py, brc_drq.py, a copy of one.
+Every protocol is a run of the agent's own loop on one new task: `prepare` sets its fresh learner up, the rest are
+arguments. The agent is the script that wrote the checkpoint: brc_sac.py, brc_drq.py, a copy of one.
 
     model      Critic, target, actor and temperature go on from the pretrained ones; optimiser, buffer and return scale
                are fresh, and learning waits for the first finished episode, which gives that scale. The policy acts
                from the first step. The paper: "initializing a single-task learner with the weights", and no more.
     embedding  All weights are frozen, and the temperature. zero-shot: a random pretrained embedding. select (few-shot):
                each is tried on the new task, the best one kept. The paper spends 300 transitions in all on that
-               (--transitions 300); how its authors fit 85 candidates into 300 is not stated. tune is not in the paper:
-               from the best, the vector alone learns through TD, its target a Polyak copy; then it is tried too, and
-               kept if it did better. It starts with the best one's return scale, the unit of the frozen critic.
+               (--transitions 300); how 85 candidates fit into 300 is not stated. tune is not in the paper: from the
+               best, the vector alone learns through TD, in the unit of its return scale, its target a Polyak copy;
+               then it is tried too, and kept if it did better.
     data       A fresh learner; half of each batch is from the pretraining replay (RLPD, arXiv 2302.02948). As the paper
                words it ("a fresh single-task learner") with --prior-tasks merged: no embedding, and one return scale,
                over the old episodes too. The default, separate, is not in the paper: a multi-task learner, of which
@@ -33,8 +33,6 @@ import dataclasses
 import importlib
 import json
 import math
-import os
-import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -154,7 +152,7 @@ def read_facts(checkpoint: str) -> tuple[tuple[str, ...], Path]:
     """The tasks of the run in a directory, and the agent's program. Raises UsageError."""
     facts = harness.read_args(Path(checkpoint), Args)[1]
     if "tasks" not in facts:
-        raise UsageError(f"{checkpoint} holds the runs of several tasks: give one of the folders in it.")
+        raise UsageError(f"{checkpoint} holds the runs of several tasks: give a folder in it.")
     program = Path(facts.get("agent", facts["program"]))  # the program of a transferred run is this one
     return tuple(facts["tasks"]), program if program.exists() else Path(__file__).with_name(program.name)
 
@@ -165,7 +163,6 @@ ARGS = harness.exit_on_error(harness.parse_args, *PARSE) if __name__ == "__main_
 
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
-
 import devices  # noqa: E402
 
 # ----------------------------------------------------------------------------------------------------- pretraining
@@ -218,16 +215,16 @@ def load_pretrained(args: Args) -> Pretrained:
 
 def learner_args(pretrained: Pretrained, exp_name: str, task: str, folder: Path) -> Any:
     """The agent's own arguments for one new task: those of the pretraining, but for what the transfer sets."""
-    args, most = pretrained.args, pretrained.space
+    args, most, first = pretrained.args, pretrained.space, getattr(pretrained.old, "n_step", 1)  # of brc_drq.py
     changes = {name: value for name, value in vars(args).items() if hasattr(pretrained.old, name)} | dict(
         suite=pretrained.agent.Args.suite, tasks=(task,), resume=None, run_dir=str(folder), exp_name=exp_name,
         replay_device=str(pretrained.prior.device) if args.uses_replay else args.replay_device)
     if args.method == "embedding":  # of zero-shot and select there is nothing to learn
-        changes |= dict(total_steps=args.cost + 2, learning_starts=1, eval_interval=args.cost or 1, batch_size=None,
-                        checkpoint_interval=100, log_interval=100, updates_per_step=args.tune_updates, compile=False)
+        changes |= dict(total_steps=args.cost + first + 1, learning_starts=max(first, args.spent), compile=False,
+                        eval_interval=args.cost or 1, checkpoint_interval=100, updates_per_step=args.tune_updates)
     result = pretrained.agent.resolve(dataclasses.replace(pretrained.old, **changes))
     if args.method == "embedding":
-        result = dataclasses.replace(result, total_steps=args.cost, learning_starts=args.spent or 1)
+        result = dataclasses.replace(result, total_steps=args.cost)
     elif result.total_steps <= args.spent:
         raise UsageError(f"--total-steps is {result.total_steps} and the trials take {args.spent} of them: give more.")
     if most:
@@ -391,8 +388,7 @@ def keep_better(pretrained: Pretrained, run: harness.Run, agent: Any) -> None:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader(path.read_text().splitlines()))
 
 
 def outcome(run_dir: Path, env_step: int) -> dict[str, float]:
@@ -408,8 +404,8 @@ def main(args: Args | None = None) -> list[dict[str, float]]:
     pretrained, several = load_pretrained(args), bool(args.suite) or len(args.task) > 1
     exp_name = args.exp_name or f"{pretrained.program.stem}-{args.label}"
     name = args.suite or (f"{len(args.task)}tasks" if several else args.task[0])
-    name = f"runs/{exp_name}-{name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    root = Path(args.resume or args.run_dir or name)
+    name = f"{exp_name}-{name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    root = Path(args.resume or args.run_dir or f"runs/{name}")
     folders = {task: root / task if several else root for task in args.task}
     runs = [(folder, learner_args(pretrained, exp_name, task, folder)) for task, folder in folders.items()]
     go_on = f"python {harness.PROGRAM} {args.method} --resume {root}"
@@ -430,10 +426,10 @@ def main(args: Args | None = None) -> list[dict[str, float]]:
             print(f"{one.tasks[0]} is finished.")
             continue
         facts = {harness.PROGRAM.stem: own | {"task": one.tasks}, "agent": str(pretrained.program.resolve())}
-        start = start._replace(facts=facts)
         for total in (args.spent + args.tune_transitions,) * args.tunes + (one.total_steps,):
             resume = str(folder) if (folder / "args.json").exists() else None
-            pretrained.agent.train(dataclasses.replace(one, total_steps=total, resume=resume), start)
+            pretrained.agent.train(dataclasses.replace(one, total_steps=total, resume=resume),
+                                   start._replace(facts=facts))
         if args.track:  # a run of its own for each task
             sys.modules["wandb"].finish()
     results = [outcome(folder, one.total_steps) for folder, one in runs]

@@ -51,7 +51,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import brc_sac
 import devices
-import harness
+from harness import UsageError
 
 RELEASE = {"variant": "release", "embedding_norm": "l2"}  # the vectors come from the authors' code
 STEPS = ["critic", "Polyak", "actor", "temperature", "end"]  # of an update, in this order
@@ -64,10 +64,6 @@ TEMPERATURE_ADAM = {"beta1": 0.5, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0
 # ---------------------------------------------------------------------------------------------------- files and rows
 
 
-class FormatError(ValueError):
-    """A file that is missing or not in the format of the reference vectors; its message is one sentence."""
-
-
 class Vectors:
     """The arrays of one file; remembers which were read, so that none is left out unnoticed."""
 
@@ -77,13 +73,13 @@ class Vectors:
             with np.load(path, allow_pickle=False) as file:
                 self.arrays = {name: file[name] for name in file.files}
         except FileNotFoundError:
-            raise FormatError(f"There is no file {path}: give an .npz file of reference vectors.") from None
+            raise UsageError(f"There is no file {path}: give an .npz file of reference vectors.") from None
         except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile):
-            raise FormatError(f"{path} cannot be read as an .npz archive of plain arrays.") from None
+            raise UsageError(f"{path} cannot be read as an .npz archive of plain arrays.") from None
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self.arrays:
-            raise FormatError(f"{self.path} is not in the format of the reference vectors: it lacks '{name}'.")
+            raise UsageError(f"{self.path} is not in the format of the reference vectors: it lacks '{name}'.")
         self.read.add(name)
         return self.arrays[name]
 
@@ -250,7 +246,7 @@ def load_parameters(agent: brc_sac.Agent, vectors: Vectors) -> None:
     for name, parameter in named_parameters(agent).items():
         value, slot = vectors.tensor(f"init/{name}"), as_reference(name, parameter)
         if value.shape != slot.shape:
-            raise FormatError(f"{vectors.path} is not in the format of the reference vectors: 'init/{name}' has shape "
+            raise UsageError(f"{vectors.path} is not in the format of the reference vectors: 'init/{name}' has shape "
                               f"{list(value.shape)} where its other sizes give {list(slot.shape)}.")
         slot.copy_(value)
 
@@ -265,9 +261,9 @@ class Call(NamedTuple):
     output: Tensor
     operations: list[tuple[str, tuple, Tensor]]  # name, arguments, result
 
-    def operation(self, *names: str) -> tuple[tuple, Tensor]:
-        """Arguments and result of the first operation of any of these names."""
-        return next((args, result) for name, args, result in self.operations if name in names)
+    def operation(self, name: str) -> tuple[tuple, Tensor]:
+        """Arguments and result of the first operation of this name."""
+        return next((args, result) for other, args, result in self.operations if other == name)
 
 
 class Operations(TorchFunctionMode):
@@ -326,21 +322,20 @@ def read_batch(vectors: Vectors, u: int) -> tuple[brc_sac.Batch, Tensor, Tensor]
     return batch, vectors.tensor(f"u{u + 1}/noise_critic"), vectors.tensor(f"u{u + 1}/noise_actor")
 
 
-def observe_policy(agent: brc_sac.Agent, vectors: Vectors, batch: brc_sac.Batch, prefix: str, noise: tuple
+def observe_policy(agent: brc_sac.Agent, vectors: Vectors, batch: brc_sac.Batch, prefix: str, noise: list
                    ) -> dict[str, Tensor]:
     """The policy before an update, and its samples from the file's own mean and log_std."""
     with recorded(agent) as calls, torch.no_grad():
         mean, log_std = agent.actor(batch.obs, agent.critic.embed(batch.task_id))
         brc_sac.sample_action(mean, log_std, torch.zeros_like(mean))
+        std = calls["sample_action"].pop().operation("exp")[1]
+        values = {"policy_old_emb/mean": mean, "policy_old_emb/log_std": log_std, "policy_old_emb/std": std}
         # Once more alone (*), from the file's mean and log_std: without their rounding it is held to its last digits.
         for name, x in zip(("next", "actor"), noise):
             brc_sac.sample_action(vectors.tensor(f"{prefix}{name}/mean"), vectors.tensor(f"{prefix}{name}/log_std"), x)
-    old, *alone = calls["sample_action"]
-    values = {"policy_old_emb/mean": mean, "policy_old_emb/log_std": log_std,
-              "policy_old_emb/std": old.operation("exp")[1]}
-    for name, sample in zip(("next", "actor"), alone):
-        values |= {f"{name}/pre_tanh*": sample.operation("tanh")[0][0], f"{name}/actions*": sample.output[0],
-                   f"{name}/log_probs*": sample.output[1]}
+            sample = calls["sample_action"].pop()
+            values |= {f"{name}/pre_tanh*": sample.operation("tanh")[0][0], f"{name}/actions*": sample.output[0],
+                       f"{name}/log_probs*": sample.output[1]}
     return values
 
 
@@ -360,35 +355,27 @@ def observe_update(agent: brc_sac.Agent, vectors: Vectors, u: int) -> dict[str, 
     def before_step(optimizer, name: str) -> None:
         note(name)
         group = [p for group in optimizer.param_groups for p in group["params"]]
-        values[f"{name}_gnorm"] = torch.nn.utils.get_total_norm([p.grad for p in group])
-        values[f"{name}_pnorm"] = torch.nn.utils.get_total_norm([p.detach() for p in group])
+        if name != "temperature":  # which has no norms in the file
+            values[f"{name}_gnorm"] = torch.nn.utils.get_total_norm([p.grad for p in group])
+            values[f"{name}_pnorm"] = torch.nn.utils.get_total_norm([p.detach() for p in group])
         for key, parameter in parameters.items():
             if any(parameter is p for p in group):
                 gradient = as_reference(key, parameter.grad)
                 values[f"grad/{key}"] = gradient.clone()
                 gradient.copy_(vectors.tensor(f"{prefix}grad/{key}"))
 
-    def after_step(optimizer) -> None:
-        for key, parameter in parameters.items():
-            if any(parameter is p for group in optimizer.param_groups for p in group["params"]):
-                values[f"new/{key}"] = as_reference(key, parameter).clone()
-
     with ExitStack() as stack:
         for name in ("critic", "actor", "temperature"):
-            optimizer = getattr(agent, f"{name}_optimizer")
-            before = optimizer.register_step_pre_hook(lambda *call, name=name: before_step(call[0], name))
-            after = optimizer.register_step_post_hook(lambda *call: after_step(call[0]))
-            stack.callback(before.remove)
-            stack.callback(after.remove)
+            hook = getattr(agent, f"{name}_optimizer").register_step_pre_hook(
+                lambda optimizer, args, kwargs, name=name: before_step(optimizer, name))
+            stack.callback(hook.remove)
         calls = stack.enter_context(nullcontext() if outside_only else recorded(agent))
         with nullcontext() if outside_only else Operations() as mode:
             metrics, log_prob = agent.update(batch, *noise)
 
     note("end")
     values["order of the steps"] = torch.tensor([STEPS.index(step) for step in order])
-    for key, parameter in parameters.items():
-        if key.startswith("target."):
-            values[f"new/{key}"] = as_reference(key, parameter).clone()
+    values |= {f"new/{key}": as_reference(key, parameter).clone() for key, parameter in parameters.items()}
     values |= {
         "critic_loss": metrics["critic_loss"], "q_mean": metrics["target_q"], "actor_loss": metrics["actor_loss"],
         "entropy": metrics["entropy"], "actor/log_probs": log_prob, "temperature_old": metrics["temperature"],
@@ -446,8 +433,6 @@ def check_updates(vectors: Vectors, precision: str = "fp32", compile: bool = Fal
     for u in updates:
         order = values.pop(f"u{u + 1}/order of the steps")
         rows.append(compare(f"u{u + 1}/order of the steps", order, np.arange(len(STEPS)), 0.0))
-        for name in ("temperature_gnorm", "temperature_pnorm"):  # the file has these of critic and actor only
-            del values[f"u{u + 1}/{name}"]
     for name, value in values.items():
         allowed, reference = tolerance[name], vectors[name.rstrip("*")]
         if precision != "fp32" and "/new/" not in name:
@@ -666,11 +651,11 @@ KINDS = {"init/log_temp": check_updates, "layernorm/x": check_units, "returns_mi
 
 
 def check(path: str, precision: str = "fp32", compile: bool = False, device: str = "cpu") -> list[Row]:
-    """All rows of the comparison with the vectors in `path`; raises FormatError."""
+    """All rows of the comparison with the vectors in `path`; raises UsageError."""
     vectors = Vectors(path)
     kinds = [function for key, function in KINDS.items() if key in vectors.arrays]
     if not kinds:
-        raise FormatError(f"{path} is not in the format of the reference vectors: it has none of "
+        raise UsageError(f"{path} is not in the format of the reference vectors: it has none of "
                           f"{', '.join(repr(key) for key in KINDS)}.")
     if kinds[0] is check_updates and (compile, precision, device) != (False, "fp32", "cpu"):
         return check_updates(vectors, precision, compile, device)
@@ -693,7 +678,7 @@ def main(arguments: list[str] | None = None) -> int:
     for path in args.files:
         try:
             rows = check(path, args.precision, args.compile, str(devices.choose_device(args.device)))
-        except (FormatError, harness.UsageError) as error:
+        except UsageError as error:
             print(f"parity: {error}", file=sys.stderr)
             return 2
         width = max(len(row.name) for row in rows)
