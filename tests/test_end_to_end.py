@@ -1,4 +1,4 @@
-"""The scripts as a user runs them: whole, tiny runs on real tasks, streams that fail, and every way of being refused."""
+"""The scripts as a user runs them: tiny runs on real tasks, streams that fail, and every way of being refused."""
 
 import csv
 import dataclasses
@@ -159,12 +159,13 @@ def test_a_copy_of_the_script_in_a_folder_with_spaces_is_a_program_of_its_own(tm
     facts = json.loads((folder / "a run/args.json").read_text())
     assert facts["exp_name"] == "my_idea-reach-drawer-close-paper" and facts["program"] == str(script)
     assert err.strip().endswith(f"To go on: {facts['go_on']}")
-    resumed = subprocess.run(facts["go_on"], shell=True, cwd=folder, env=os.environ | env, capture_output=True, text=True)
+    resumed = subprocess.run(facts["go_on"], shell=True, cwd=folder, env=os.environ | env, capture_output=True,
+                             text=True)
     assert resumed.returncode == 0, resumed.stderr
     assert "my_idea-reach-drawer-close-paper,mean" in (folder / "a run/metrics.csv").read_text()
     other = brc("--resume 'a run'", folder)
-    assert other.returncode == 2 and other.stderr == (f"brc_sac.py: a run is not a run of brc_sac.py: to go on with it, "
-                                                      f"{facts['go_on']}\n")
+    assert other.returncode == 2
+    assert other.stderr == f"brc_sac.py: a run is not a run of brc_sac.py: to go on with it, {facts['go_on']}\n"
 
 
 # ---------------------------------------------------------------------------------------------------------- faults
@@ -269,8 +270,8 @@ def test_a_run_whose_output_nobody_takes_ends_well(toys, tmp_path, shell):
 
 def test_a_run_goes_on_when_its_terminal_goes_away(toys, tmp_path):
     ours, theirs = pty.openpty()
-    process = subprocess.Popen(["bash", "-c", f"trap '' HUP; exec {shlex.join(toys)}"], cwd=tmp_path, stdin=theirs, stdout=theirs,
-                               stderr=theirs, start_new_session=True)
+    process = subprocess.Popen(["bash", "-c", f"trap '' HUP; exec {shlex.join(toys)}"], cwd=tmp_path, stdin=theirs,
+                               stdout=theirs, stderr=theirs, start_new_session=True)
     os.close(theirs)
     while b"run" not in os.read(ours, 1000):
         pass
@@ -281,10 +282,10 @@ def test_a_run_goes_on_when_its_terminal_goes_away(toys, tmp_path):
 
 @pytest.mark.parametrize("script", sorted(str(path.relative_to(ROOT)) for folder in ("", "benchmarks", "ablations")
                                           for path in (ROOT / folder).glob("*.py")
-                                          if "__main__" in path.read_text() and path.name != "harness.py"))
+                                          if "__main__" in path.read_text() and "import flax" not in path.read_text()))
 def test_help_may_be_cut_short(script, tmp_path):
-    command = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / script))} --help | head -1; exit ${{PIPESTATUS[0]}}"
-    process = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+    command = shlex.join([sys.executable, str(ROOT / script), "--help"])
+    process = subprocess.run(["bash", "-c", f"{command} | head -1; exit ${{PIPESTATUS[0]}}"], cwd=tmp_path, capture_output=True, text=True, timeout=120,
                              env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert process.stdout.startswith("usage:") and process.stderr == "" and process.returncode == 0
     assert not list(tmp_path.iterdir())
@@ -364,7 +365,7 @@ def test_what_a_run_learned_with_cannot_change_at_resume(program):
     before = {file: file.stat().st_mtime_ns for file in (program.folder / "run").rglob("*")}
     resume = program.refused("--resume run --batch-size 64")
     assert "--batch-size is 8 in run and cannot become 64: beside --resume only --total-steps, --device" in resume
-    assert "--eval-episodes" not in resume and "--resume," not in resume and "--workers" in resume or program.name != "brc_sac"
+    assert "--eval-episodes" not in resume and "--resume," not in resume and "--run-dir" not in resume
     assert "--eval-episodes is 1 in run and cannot become 3" in program.refused("--resume run --eval-episodes 3")
     evaluate = program.refused("--evaluate run --batch-size 64")
     assert "beside --evaluate only" in evaluate and ", --eval-episodes may change." in evaluate

@@ -1,4 +1,4 @@
-"""harness.py under both agents on toy tasks: exact resume, kills, damaged files, failing disks, signals, and its sentences."""
+"""harness.py under both agents on toy tasks: exact resume, kills, signals, damaged files, failing disks, sentences."""
 
 import csv
 import errno
@@ -58,8 +58,8 @@ def same(first, second) -> bool:
 def assert_same_run(ours, theirs) -> None:
     """The same learner bit for bit, and so the same next batches; the same metrics and replay files."""
     first, second = flat(saved(ours)), flat(saved(theirs))
-    for state in (first, second) if "actor_width" in vars(ours) else ():
-        state["/buffer/rows"][1, :, 3:] = 0  # the current row of brc_sac.py has nothing but its observation yet
+    for state in (first, second):  # the current row holds no action and no reward yet, in brc_drq.py nothing
+        state["/buffer/rows"][1, :, 3 if "actor_width" in vars(ours) else 0:] = 0
     pieces = {path for path in {*first, *second} if path.startswith("/replay")}  # they follow the stops
     assert first.keys() - pieces == second.keys() - pieces
     assert not [path for path in first.keys() - pieces if not same(first[path], second[path])]
@@ -74,7 +74,8 @@ def assert_same_run(ours, theirs) -> None:
 @pytest.mark.parametrize(("variant", "buffer_size"), [("paper", 1000), ("paper", 50), ("release", 50)])
 def test_a_resumed_run_equals_one_that_never_stopped(program, variant, buffer_size):
     changes = {"buffer_size": buffer_size} | ({"variant": variant} if program.name == "brc_sac" else {})
-    straight, stopped = (program.args(run_dir=str(program.folder / name), **changes) for name in ("straight", "stopped"))
+    straight = program.args(run_dir=str(program.folder / "straight"), **changes)
+    stopped = program.args(run_dir=str(program.folder / "stopped"), **changes)
     program.module.train(straight)
     program.train_until(stopped, 3 * EPISODE)
     program.train_until(program.resumed(stopped), 2 * EPISODE)  # its own
@@ -141,15 +142,15 @@ def test_a_signal_stops_the_run_with_a_checkpoint(sac, number, step):
 
 
 @pytest.mark.parametrize(("number", "ignored"), [(signal.SIGHUP, True), (signal.SIGUSR1, False)])
-def test_a_run_under_nohup_and_one_asked_for_a_checkpoint_go_on(program, number, ignored):
+def test_a_run_under_nohup_and_one_asked_for_a_checkpoint_go_on(sac, number, ignored):
     def prepare():
         if ignored:
             signal.signal(number, signal.SIG_IGN)
         at_step(27, lambda: os.kill(os.getpid(), number))
         save = harness.Run.save
         harness.Run.save = lambda self, step, *args: (print("saved", step, flush=True), save(self, step, *args))
-    assert program.run(f"{SMALL[program.name]} --run-dir run", prepare) == 0, program.err
-    assert ("saved 27" in program.out.splitlines()) != ignored and steps_of(program.args()) == [20, 40, 60, 80]
+    assert sac.run(f"{SMALL['brc_sac']} --run-dir run", prepare) == 0, sac.err
+    assert ("saved 27" in sac.out.splitlines()) != ignored and steps_of(sac.args()) == [20, 40, 60, 80]
 
 
 def test_a_second_sigint_ends_at_once(sac):
@@ -215,8 +216,8 @@ def finished(tmp_path_factory):
 
 
 @pytest.mark.parametrize("damage", [nothing_left, cut_off, flipped_bit, torn, None])
-def test_a_damaged_file_falls_back_to_the_previous_checkpoint(program, finished, damage, capsys):
-    args = finished(program)
+def test_a_damaged_file_falls_back_to_the_previous_checkpoint(sac, finished, damage, capsys):
+    args = finished(sac)
     files = [run_dir(args) / "checkpoint.pt", *(run_dir(args) / "replay").iterdir()]
     for path in files:
         good = path.read_bytes()
@@ -229,14 +230,14 @@ def test_a_damaged_file_falls_back_to_the_previous_checkpoint(program, finished,
         capsys.readouterr()
         if lost:
             with pytest.raises(harness.UsageError, match=f"(?s)No complete checkpoint in .*{path.name}"):
-                program.module.train(program.resumed(args))
+                sac.module.train(sac.resumed(args))
             path.write_bytes(good)
         else:
-            program.module.train(program.resumed(args))
+            sac.module.train(sac.resumed(args))
             message = capsys.readouterr().err
             assert f"going on from {run_dir(args)}/checkpoint.previous.pt at step 60." in message
         assert saved(args)["env_step"] == 80 and steps_of(args) == [20, 40, 60, 80], path
-    program.module.train(program.resumed(args, total_steps=100))
+    sac.module.train(sac.resumed(args, total_steps=100))
     assert steps_of(args) == [20, 40, 60, 80, 100]
 
 
@@ -261,8 +262,10 @@ def test_any_flipped_bit_of_a_checkpoint_is_noticed_or_harmless(sac, finished):
 def test_where_both_checkpoints_are_damaged_one_sentence_says_so(program, finished):
     args = finished(program)
     piece = next(path for path in (run_dir(args) / "replay").iterdir() if path.stat().st_size > 1000)
-    piece.write_bytes(b"\xff" * 10 + piece.read_bytes()[10:])  # of the first rows, which both need
-    assert f"No complete checkpoint in run: run/checkpoint.pt .*{piece.name}".split(".*")[1] in program.refused("--resume run")
+    content, middle = piece.read_bytes(), piece.stat().st_size * 6 // 10  # step 48, which both need
+    piece.write_bytes(content[:middle] + b"\xff" * 10 + content[middle + 10:])
+    refusal = program.refused("--resume run")
+    assert re.search(rf"No complete checkpoint in run: .*{piece.name} fail their checksum", refusal)
     assert program.run("--evaluate run") == 0, program.err  # which needs no replay
     for name in ("checkpoint.pt", "checkpoint.previous.pt"):
         (run_dir(args) / name).write_bytes(cut_off((run_dir(args) / name).read_bytes()))
@@ -277,15 +280,15 @@ def test_a_run_without_its_replay_can_be_evaluated_and_not_resumed(program):
     assert program.run("--evaluate run") == 0 and "at step 80" in program.out
 
 
-def test_foreign_files_stay_and_cost_nothing(program, finished, capsys):
-    args = finished(program)
+def test_foreign_files_stay_and_cost_nothing(sac, finished, capsys):
+    args = finished(sac)
     foreign = [run_dir(args) / name for name in ("notes.txt", "checkpoint.pt.tmp~", "checkpoint.new.pt", "old.tmp/x",
                                                  "replay/mine", "replay/rows.bin.tmp", "lock.tmp", "tensorboard/y/z")]
     for path in foreign:
         path.parent.mkdir(exist_ok=True, parents=True)
         path.write_text("mine")
     capsys.readouterr()
-    program.module.train(program.resumed(args, total_steps=100))
+    sac.module.train(sac.resumed(args, total_steps=100))
     assert all(path.read_text() == "mine" for path in foreign)
     assert saved(args)["env_step"] == 100 and "cannot be written" not in "".join(capsys.readouterr())
 
@@ -304,7 +307,7 @@ def limit_files(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard if size < 0 else size, hard))
 
 
-@pytest.mark.parametrize("size", [0, 2_000, 20_000])
+@pytest.mark.parametrize("size", [0, 20_000])
 def test_a_full_disk_costs_checkpoints_and_rows_and_not_the_run(program, size):
     """And no row in the end: with room again, those that waited are written. The output lies on that disk too."""
     flags = f"{SMALL[program.name]} --run-dir run --exp-name test"
@@ -340,7 +343,7 @@ def test_a_run_whose_last_checkpoint_cannot_be_written_ends_with_1(program, star
     assert steps_of(program.args()) == [20, 40, 60, 80] and saved(program.args())["env_step"] == 80
 
 
-def test_disks_that_report_at_sync_and_folders_that_cannot_be_synced(program, monkeypatch, capsys):
+def test_disks_that_report_at_sync_and_folders_that_cannot_be_synced(sac, monkeypatch, capsys):
     def sync(number):
         if os.path.isdir(f"/proc/self/fd/{number}"):
             raise OSError(errno.EINVAL, "folders cannot be synced here")
@@ -348,15 +351,15 @@ def test_disks_that_report_at_sync_and_folders_that_cannot_be_synced(program, mo
             raise OSError(errno.ENOSPC, failures.pop())
         fsync(number)
 
-    fsync, failures, args = os.fsync, [], program.args()
+    fsync, failures, args = os.fsync, [], sac.args()
     monkeypatch.setattr(os, "fsync", sync)
     at_steps({15: lambda: failures.extend(["no space"] * 2)})  # the replay's at 20, and the rows
-    program.module.train(args)
+    sac.module.train(args)
     assert "The checkpoint of step 20 cannot be written ([Errno 28] no space)" in "".join(capsys.readouterr())
     assert steps_of(args) == [20, 40, 60, 80] and saved(args)["env_step"] == 80
 
 
-def test_a_directory_that_cannot_be_written_at_a_resume_costs_its_files_only(program, finished, monkeypatch, capsys):
+def test_a_directory_that_cannot_be_written_at_a_resume_costs_its_files_only(sac, finished, monkeypatch, capsys):
     """Root may write anywhere, so that here every write says what a read-only file system says."""
     def read_only(function, writes):
         def call(path, *arguments, **options):
@@ -365,14 +368,14 @@ def test_a_directory_that_cannot_be_written_at_a_resume_costs_its_files_only(pro
             return function(path, *arguments, **options)
         return call
 
-    args = finished(program)
+    args = finished(sac)
     before = {path: path.read_bytes() for path in run_dir(args).rglob("*") if path.is_file()}
     monkeypatch.setattr(harness, "open", read_only(open, lambda mode="r", *_: set(mode) & set("wa+")), raising=False)
     monkeypatch.setattr(os, "open", read_only(os.open, lambda flags, *_: flags & (os.O_RDWR | os.O_WRONLY)))
     for name in ("replace", "truncate", "mkdir", "unlink"):
         monkeypatch.setattr(os, name, read_only(getattr(os, name), lambda *_: True))
     with pytest.raises(harness.RunError, match="The checkpoint of step 90 could not be written .* checkpoint: step 80"):
-        program.module.train(program.resumed(args, total_steps=90))
+        sac.module.train(sac.resumed(args, total_steps=90))
     assert "metrics.csv cannot be written ([Errno 30]" in "".join(capsys.readouterr())
     assert {path for path, content in before.items() if path.read_bytes() != content} == set()
 
@@ -397,13 +400,13 @@ DAMAGED = (b"\x93\xff\0\xfe", b"\0" * 300, b"test,reach,0", b'"', b"test,mean,0,
 
 
 @pytest.mark.parametrize("half", [b"test,mean,0,score,99999,0.", b"\0" * 300, b'"test', b"\xff"])
-def test_damaged_lines_of_metrics_csv_cost_themselves_only(program, finished, half):
+def test_damaged_lines_of_metrics_csv_cost_themselves_only(sac, finished, half):
     """At the end, where a kill leaves half a line, and in the midst, where only a bad disk does."""
-    args = finished(program)
+    args = finished(sac)
     path = run_dir(args) / "metrics.csv"
     rows = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*rows[:5], *(line + b"\n" for line in DAMAGED), *rows[5:], half]))
-    assert program.run("--resume run --total-steps 90") == 0, program.err
+    assert sac.run("--resume run --total-steps 90") == 0, sac.err
     kept = path.read_bytes()
     assert all(kept.count(row) == 1 for row in rows) and all(line + b"\n" in kept for line in DAMAGED)
     new = kept[kept.index(rows[-1]) + len(rows[-1]):].decode().splitlines()
@@ -412,10 +415,10 @@ def test_damaged_lines_of_metrics_csv_cost_themselves_only(program, finished, ha
 
 
 @pytest.mark.parametrize("exp_name", ['a,b "ü∂" - ', "mean,0,score,1,"])
-def test_any_name_of_an_experiment_stays_one_field(program, exp_name):
-    args = program.args(exp_name=exp_name)
-    program.train_until(args, 45)
-    program.module.train(program.resumed(args))
+def test_any_name_of_an_experiment_stays_one_field(sac, exp_name):
+    args = sac.args(exp_name=exp_name)
+    sac.train_until(args, 45)
+    sac.module.train(sac.resumed(args))
     with open(run_dir(args) / "metrics.csv", newline="") as file:
         assert {row["exp_name"] for row in csv.DictReader(file)} == {exp_name}
     assert steps_of(args) == [20, 40, 60, 80]
@@ -430,7 +433,7 @@ def test_args_json_keeps_the_first_command_and_records_every_resume(sac, monkeyp
     facts = json.loads((run_dir(args) / "args.json").read_text())
     assert (facts["command"], facts["total_steps"], facts["resume"]) == ("first", 100, None)
     assert [(entry["env_step"], entry["command"]) for entry in facts["resumed"]] == [(20, "second")]
-    assert Path(facts["program"]) == Path("brc_sac.py").resolve() and facts["go_on"].endswith(f"--resume {args.run_dir}")
+    assert facts["program"] == os.path.abspath("brc_sac.py") and facts["go_on"].endswith(f"--resume {args.run_dir}")
 
 
 def test_runs_in_weights_and_biases_have_ids_of_their_own_that_a_resume_keeps(sac, monkeypatch):
@@ -448,12 +451,12 @@ def test_runs_in_weights_and_biases_have_ids_of_their_own_that_a_resume_keeps(sa
 # ------------------------------------------------------------------------------------------------------- ownership
 
 
-def test_two_new_runs_in_one_second_have_a_directory_each(program):
-    flags = SMALL[program.name].replace("--total-steps 80", "--total-steps 25")
+def test_two_new_runs_in_one_second_have_a_directory_each(sac):
+    flags = SMALL["brc_sac"].replace("--total-steps 80", "--total-steps 25")
     fixed = lambda: setattr(harness.time, "strftime", lambda form: "20000101-000000")  # noqa: E731
-    assert [program.wait(process) for process in [program.start(flags, fixed) for _ in range(4)]] == [0] * 4
-    runs = list((program.folder / "runs").iterdir())
-    assert len(runs) == 4 and all(steps_of(program.args(run_dir=str(path))) == [20, 25] for path in runs)
+    assert [sac.wait(process) for process in [sac.start(flags, fixed) for _ in range(4)]] == [0] * 4
+    runs = list((sac.folder / "runs").iterdir())
+    assert len(runs) == 4 and all(steps_of(sac.args(run_dir=str(path))) == [20, 25] for path in runs)
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -523,8 +526,8 @@ def test_a_diverged_network_ends_the_run_and_leaves_the_last_good_checkpoint(pro
     line = program.err.splitlines()[-1]
     last = step // 20 * 20
     assert code == 1 and "Traceback" not in program.err, program.err
-    assert re.search(rf"\w+ is not finite at step \d+: the networks have diverged. The last checkpoint is from step {last}",
-                     line)
+    assert re.search(r"\w+ is not finite at step \d+: the networks have diverged. The last "
+                     rf"checkpoint is from step {last}; to go on from there: python", line)
     assert all(leaf.isfinite().all() for leaf in flat(saved(program.args())["agent"]).values()
                if isinstance(leaf, torch.Tensor) and leaf.is_floating_point())
     assert program.run("--resume run") == 0 and steps_of(program.args()) == [20, 40, 60, 80]
@@ -539,7 +542,7 @@ def test_an_environment_that_returns_nan_is_named_and_a_checkpoint_is_left(sac):
     assert saved(sac.args())["env_step"] == 24
 
 
-def test_memory_does_not_grow_over_fifty_checkpoints(sac, monkeypatch):
+def test_memory_does_not_grow_over_thirty_checkpoints(sac, monkeypatch):
     def save(run, *args):
         of(run, *args)
         gc.collect()
@@ -547,6 +550,6 @@ def test_memory_does_not_grow_over_fifty_checkpoints(sac, monkeypatch):
 
     of, resident = harness.Run.save, []
     monkeypatch.setattr(harness.Run, "save", save)
-    sac.module.train(sac.args(width=64, buffer_size=64, total_steps=150, checkpoint_interval=3, eval_interval=150))
-    assert len(resident) == 51
-    assert max(resident[30:]) - max(resident[10:30]) < 4, resident  # MB; a checkpoint is 0.5
+    sac.module.train(sac.args(width=64, buffer_size=64, total_steps=150, checkpoint_interval=5, eval_interval=150))
+    assert len(resident) == 31
+    assert max(resident[20:]) - max(resident[5:20]) < 4, resident  # MB; a checkpoint is 0.5

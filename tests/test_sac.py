@@ -541,7 +541,8 @@ def test_the_policy_is_a_squashed_gaussian():
     for bias, bound in ((-50, -10), (50, 2), (0, -4)):
         agent.actor.log_std.weight.data.zero_()
         agent.actor.log_std.bias.data.fill_(bias)
-        torch.testing.assert_close(agent.actor(obs, agent.critic.embed(agent.task_ids))[1], torch.full((2, 2), bound * 1.0))
+        _, log_std = agent.actor(obs, agent.critic.embed(agent.task_ids))
+        torch.testing.assert_close(log_std, torch.full((2, 2), float(bound)))
     # Its density on [-1, 1], from samples on a fine grid of noise, integrates to 1.
     noise = torch.linspace(-8, 8, 100_001, dtype=torch.float64).unsqueeze(-1)
     for mean, log_std in [(0.0, 0.0), (1.5, -1.0), (-3.0, 0.5)]:
@@ -625,16 +626,15 @@ def test_in_bf16_only_matrix_products_change():
 
 def test_an_update_takes_its_steps_in_the_papers_order(monkeypatch):
     agent, order = make_agent(), []
-    for name in ("critic_loss", "actor_loss"):
-        monkeypatch.setattr(agent, name, lambda *args, of=getattr(agent, name), name=name: order.append(name) or of(*args))
-    monkeypatch.setattr(brc_sac, "temperature_loss",
-                        lambda *args, of=brc_sac.temperature_loss: order.append("temperature_loss") or of(*args))
-    monkeypatch.setattr(torch, "_foreach_lerp_", lambda *args, of=torch._foreach_lerp_: order.append("target") or of(*args))
+    for owner, name in ((agent, "critic_loss"), (agent, "actor_loss"), (brc_sac, "temperature_loss"),
+                        (torch, "_foreach_lerp_")):
+        of = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, of=of, name=name: order.append(name) or of(*args))
     names = ("critic_optimizer", "actor_optimizer", "temperature_optimizer")
     for name in names:
         getattr(agent, name).register_step_post_hook(lambda *_, name=name: order.append(name))
     update(agent)
-    assert order == ["critic_loss", names[0], "target", "actor_loss", names[1], "temperature_loss", names[2]]
+    assert order == ["critic_loss", names[0], "_foreach_lerp_", "actor_loss", names[1], "temperature_loss", names[2]]
 
 
 def test_the_target_follows_the_new_critic_by_tau():
@@ -706,7 +706,7 @@ def test_the_loop_stores_and_values_the_true_final_observation(sac, monkeypatch,
     monkeypatch.setattr(ReplayBuffer, "sample", lambda self, size: sizes.append(self.steps) or sample(self, size))
     args = sac.args(variant=variant, overlap=overlap, learning_starts=6, total_steps=12, gamma=0.5)
     brc_sac.train(args)
-    assert sizes == [n for n in range(6 + (not overlap), 12 + (not overlap)) for _ in range(2)]
+    assert sizes == list(range(6 + (not overlap), 12 + (not overlap)))
     assert [obs.tolist() for obs in asked] == [[[3] * 3] * 2] * 2  # after 9 and 12 steps, never -3
     monkeypatch.setattr(brc_sac, "raw_value", value)
     _, normalizer, buffer = learned(args)

@@ -133,7 +133,8 @@ def test_updates_through_a_graph_are_those_without(precision, tolerance, compile
         for step in range(100, 110):
             metrics = updates()
             action = agent.act(torch.ones(2, 3, device="cuda"), torch.randn(2, 2, device="cuda"))
-            logs[-1].append((batches[0].clone(), {name: value.item() for name, value in metrics.items()}, action.clone()))
+            numbers = {name: value.item() for name, value in metrics.items()}
+            logs[-1].append((batches[0].clone(), numbers, action.clone()))
             store(step)
     for (batch, metrics, action), (graph_batch, graph_metrics, graph_action) in zip(*logs, strict=True):
         assert torch.equal(batch, graph_batch)
@@ -162,7 +163,8 @@ def test_updating_and_storing_never_wait_for_the_device():
 def test_an_update_that_waits_cannot_be_captured_and_shows_its_line():
     """In a process of its own: a broken capture leaves CUDA's allocator and generators unusable."""
     script = ("from test_speed import *; agent, updates, *_ = make_learner(False); "
-              "graph = devices.as_cuda_graph(lambda: {name: value + value.item() for name, value in updates().items()});"
+              "waiting = lambda: {name: value + value.item() for name, value in updates().items()}; "
+              "graph = devices.as_cuda_graph(waiting); "
               "[graph() for _ in range(4)]")
     process = subprocess.run([sys.executable, "-c", script], cwd=ROOT / "tests", capture_output=True, text=True,
                              env={**brc_sac.os.environ, "PYTHONPATH": str(ROOT)}, timeout=300)
