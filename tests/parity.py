@@ -20,11 +20,12 @@ any row is out, 2 with one sentence if a file cannot be read.
 Every entry has its own tolerance: what float32 leaves undetermined, on any processor, see RandomRounding. So an entry
 that is known to seven digits is held to seven digits, next to one that is the rest of a cancellation.
 
-Adam's first steps are nearly sign(gradient): m / (sqrt(v) + 1e-8) turns the rounding of a gradient that is itself mostly
-rounding into a step of any size up to the learning rate, in either direction. Therefore every update is cut in two. The
-agent's gradients are compared with the file's, and its optimisers then step from the file's: both sides of a parameter
-begin with the same numbers, and what is left is the rounding of one step. `official_after2` is the whole, without the cut:
-two untouched updates, whose tolerances come from such updates too, with the gradients' rounding passed through AdamW.
+Adam's first steps are nearly sign(gradient): m / (sqrt(v) + 1e-8) turns the rounding of a gradient that is little else
+than rounding into a step of any size up to the learning rate, in either direction. Therefore an update is compared in
+two parts: the agent's gradients with the file's, and then its optimisers' steps, which start from the file's
+gradients. What is left to a parameter is the rounding of one step, and nothing uncertain reaches the second update.
+`official_after2` is the whole: two updates without that, whose tolerances come from such updates too, the rounding of
+gradients through AdamW.
 
 A compiled update, or one on a GPU, is held to the same tolerances, in what can be seen from outside: losses, gradients
 and parameters. So is one in bf16 or tf32, to LOW_PRECISION.
@@ -137,10 +138,10 @@ class RandomRounding(TorchDispatchMode):
     """Moves the result of every floating-point operation, forward and backward, by about five last bits of float32.
 
     Two correct programs differ by their roundings, and so do two runs under this mode (Monte Carlo arithmetic, Parker
-    1997). Kernels round one last bit, or sqrt(terms) / 3 of them where they add many terms one after the other. The rest
-    is room, and it is in the runs, not in a factor on their spread: where a ReLU, a projection or AdamW answers a small
-    change with a large one, a spread at the kernels' own scale says nothing about changes a few times that, which do
-    happen. A run at five times that scale has made them.
+    1997). Kernels round one last bit, or sqrt(terms) / 3 of them where they add terms one after the other. The rest is
+    room, and it is in the runs, not in a factor on their spread: where a ReLU or AdamW answers a small change with a
+    large one, a spread at the kernels' own scale does not tell what a change a few times as large does, and those
+    happen. Runs at five times that scale have made them.
     """
 
     LAST_BITS = 5 * 2.0**-24
@@ -194,7 +195,8 @@ def measure(observe: Callable[[], dict[str, Tensor]]) -> tuple[dict, dict]:
             variance[name] += change**2 / RUNS
             largest[name] = np.maximum(largest[name], change)
     last_bit = {name: np.nan_to_num(np.spacing(np.abs(value).astype(np.float32))) for name, value in values.items()}
-    return values, {name: np.maximum(2 * variance[name] ** 0.5, 1.2 * largest[name]) + last_bit[name] for name in values}
+    spread = {name: np.maximum(2 * variance[name] ** 0.5, 1.2 * largest[name]) for name in values}
+    return values, {name: spread[name] + last_bit[name] for name in values}
 
 
 # ------------------------------------------------------------------------------------------- parameters by their names
@@ -405,6 +407,11 @@ def observe_update(agent: brc_sac.Agent, vectors: Vectors, u: int) -> dict[str, 
     }
 
 
+def rounded(atoms: Tensor) -> Tensor:
+    """The same, but under RandomRounding, where linspace rounds every atom by about a last bit of the largest."""
+    return atoms + atoms[-1] * (torch.ones_like(atoms) * 1 - 1)
+
+
 def check_updates(vectors: Vectors, precision: str = "fp32", compile: bool = False, device: str = "cpu") -> list[Row]:
     agent = fresh_agent(vectors)
     rows = check_initialisers(vectors, agent)
@@ -414,11 +421,13 @@ def check_updates(vectors: Vectors, precision: str = "fp32", compile: bool = Fal
 
     def observe(agent: brc_sac.Agent = agent) -> dict[str, Tensor]:
         learner = copy.deepcopy(agent)
+        learner.critic.atoms = rounded(agent.critic.atoms)
         values = {"eval/actions_temperature0": learner.act(vectors.tensor("eval/observations"), None)}
         for u in updates:
             values |= {f"u{u + 1}/{name}": value for name, value in observe_update(learner, vectors, u).items()}
         if agent.args.precision == "fp32":
             learner = copy.deepcopy(agent)
+            learner.critic.atoms = rounded(agent.critic.atoms)
             for u in updates:
                 learner.update(*read_batch(vectors, u))
             values |= {f"official_after2/{key}": as_reference(key, x) for key, x in named_parameters(learner).items()}
@@ -572,7 +581,7 @@ def check_units(vectors: Vectors) -> list[Row]:
     atoms = brc_sac.Critic(args, obs_dim=1, act_dim=1, num_embeddings=0).atoms
 
     def observe() -> dict[str, Tensor]:
-        values = observe_temperature(vectors) | observe_layers(vectors) | observe_projection(vectors, atoms)
+        values = observe_temperature(vectors) | observe_layers(vectors) | observe_projection(vectors, rounded(atoms))
         for case in cases:
             values |= observe_adamw(vectors, case)
         return values
