@@ -158,7 +158,7 @@ class Run:
         self.args, self.arguments, self.facts = args, arguments, facts
         default = f"runs/{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         self.dir = self.root = Path(args.resume or args.run_dir or default)
-        if not args.resume:
+        if args.run_dir and not args.resume:
             check_empty(self.dir)
         if args.track and find_spec("wandb") is None:
             raise UsageError("--track needs W&B, which is not installed: pip install wandb, or leave --track out.")
@@ -385,7 +385,10 @@ def claim(directory: Path, args: Any) -> tuple[Path, Any]:
     """Makes the directory, or for a new run one beside it, this process's own; returns it and the locked file."""
     lock = None
     try:
-        while not (args.resume or args.run_dir) and directory.exists():  # another run began in this second
+        while not (args.resume or args.run_dir):
+            with contextlib.suppress(FileExistsError):  # another run began in this second
+                directory.mkdir(parents=True)
+                break
             directory = directory.with_name(directory.name + "+")
         directory.mkdir(parents=True, exist_ok=True)
         lock = open(directory / "lock", "ab")
