@@ -360,10 +360,10 @@ def freeze_all_but_embedding(agent: Any, optimize: Any) -> None:
 
     def update(batch: Any, *noise: Tensor) -> Any:
         sac = (agent.actor, agent.temperature, agent.args.gamma) if hasattr(agent, "actor") else ()  # brc_drq.py: none
-        with agent.autocast:
+        with getattr(agent, "autocast", torch.enable_grad()):  # brc_sac.py's critics have their own
             loss, metrics = agent.critic_loss(agent.critic, agent.target, *sac, batch, *noise[:1])
         optimize(agent.critic_optimizer, loss)
-        with torch.no_grad(), agent.autocast:
+        with torch.no_grad():
             agent.target.embedding.weight.lerp_(agent.critic.embedding.weight, agent.args.tau)
             if not sac:
                 return metrics
