@@ -104,15 +104,13 @@ def parse_args(Args: type, resolve: Callable, may_change: tuple[str, ...] = MAY_
     import tyro
     args = tyro.cli(Args, description=(sys.modules["__main__"].__doc__ or "").split("\n\n")[0])
     evaluate = getattr(args, "evaluate", None)
-    run_dir = args.resume or evaluate
-    if args.resume and evaluate:
-        raise UsageError("--resume and --evaluate were both given: give one of them.")
+    run_dir = evaluate or args.resume
     if not run_dir:
         return resolve(args)
     saved, facts = read_args(Path(run_dir), Args)
-    owner = Path(facts["program"] if args.resume else facts.get("agent", facts["program"]))  # transfer.py's is another
+    owner = Path(facts.get("agent", facts["program"]) if evaluate else facts["program"])  # transfer.py's is another
     if owner.name != PROGRAM.name:
-        command = facts["go_on"] if args.resume else shlex.join(["python", str(owner), "--evaluate", run_dir])
+        command = facts["go_on"] if not evaluate else shlex.join(["python", str(owner), "--evaluate", run_dir])
         raise UsageError(f"{run_dir} is a run of {owner.name}, and this is {PROGRAM.name}: {command}")
     args = tyro.cli(Args, default=saved)
     may_change = [name for name in may_change + ("eval_episodes",) * bool(evaluate) if hasattr(args, name)]
@@ -385,12 +383,11 @@ def claim(directory: Path, args: Any) -> tuple[Path, Any]:
     """Makes the directory, or for a new run one beside it, this process's own; returns it and the locked file."""
     lock = None
     try:
-        while not (args.resume or args.run_dir):
+        while True:
             with contextlib.suppress(FileExistsError):  # another run began in this second
-                directory.mkdir(parents=True)
+                directory.mkdir(parents=True, exist_ok=bool(args.resume or args.run_dir))
                 break
             directory = directory.with_name(directory.name + "+")
-        directory.mkdir(parents=True, exist_ok=True)
         lock = open(directory / "lock", "ab")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
