@@ -90,7 +90,7 @@ def resolve(args: Args) -> Args:
 
 
 # Parsed before torch is imported, so that --help and a mistyped name answer at once. The data may have moved.
-PARSE = Args, resolve, __doc__, (*harness.MAY_CHANGE, "updates", "data")
+PARSE = Args, resolve, (*harness.MAY_CHANGE, "updates", "data")
 ARGS = harness.exit_on_error(harness.parse_args, *PARSE) if __name__ == "__main__" else None
 
 import torch  # noqa: E402
