@@ -12,51 +12,26 @@ import sys
 import traceback
 from pathlib import Path
 
-import gymnasium as gym
+import matplotlib.pyplot  # noqa: F401  what every forked process would import again
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.tensorboard  # noqa: F401
+import tyro  # noqa: F401
 
 import brc_sac
 import harness
 import suites
 from benchmarks import diagnose
+from conftest import ROOT, Pendulum
 
-ROOT = Path(__file__).resolve().parents[1]
 MSE, RAW = {"Critic", "critic_loss"}, {"Critic", "critic_loss", "ReturnNormalizer"}
 SAC = RAW | {"Args", "Actor", "TaskEmbedding", "resolve"}
 REPLACED = {"mse": MSE, "mse_raw": RAW, "bro": RAW | {"resolve"}, "mlp": {"Critic"}, "simba": {"Critic", "Agent"},
             "separate_heads": {"Critic", "Actor"}, "mse_heads": RAW | {"Actor"}, "sac": SAC, "mh_sac": SAC}
 FLAGS = ("--width 16 --actor-width 8 --workers 0 --learning-starts 20 --total-steps 40 --eval-interval 20 "
          "--log-interval 20 --eval-episodes 1 --batch-size 16 --device cpu").split()
-
-
-class Toy(gym.Env):
-    """Noise in episodes of 10 steps."""
-
-    observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)
-    action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.t = 0
-        return self.np_random.normal(size=3).astype(np.float32), {}
-
-    def step(self, action):
-        self.t += 1
-        obs = self.np_random.normal(size=3).astype(np.float32)
-        return obs, -abs(float(action[0])), False, self.t == 10, {"success": 0.0}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def warm():
-    """What every forked process would import again."""
-    import matplotlib.pyplot  # noqa: F401
-    import torch.utils.tensorboard  # noqa: F401
-    import tyro  # noqa: F401
-    torch.set_num_threads(1)
-    make_agent().update(make_batch(), *torch.randn(2, 6, 2))
 
 
 def forked(test):
@@ -78,13 +53,11 @@ def forked(test):
     return run
 
 
-def load(name: str):
+def load(name: str) -> None:
     """The script as transfer.py and diagnose.py import it."""
     torch.manual_seed(0)
     spec = importlib.util.spec_from_file_location("script", ROOT / "ablations" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def make_agent(**changes):
@@ -104,7 +77,7 @@ def program(name: str, *arguments: str) -> None:
         del sys.modules[module]  # with what an earlier program has replaced in it
     sys.argv = [name, *arguments]
     harness.PROGRAM = Path(name)
-    suites.make = lambda task, seed, render_mode=None: Toy()
+    suites.make = lambda task, seed, render_mode=None: Pendulum()
     runpy.run_path(str(ROOT / name), run_name="__main__")
 
 
@@ -126,15 +99,15 @@ def test_replaces_what_it_says_and_nothing_else(name):
         return {key: tuple(value.shape) for key, value in part.state_dict().items()}
 
     old, new = shapes(base.critic), shapes(agent.critic)
-    changed = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
     body = {key for key in old.keys() | new.keys() if key.startswith(("members.0.0.", "members.1.0."))}
     head = {f"members.{k}.1.{part}" for k in (0, 1) for part in ("weight", "bias")}
     task = {"embedding.weight", "members.0.0.dense0.weight", "members.1.0.dense0.weight"}
-    assert changed == {"mse": head, "mse_raw": head, "bro": head, "mlp": body, "separate_heads": task | head,
-                       "simba": body | {"mean", "var", "count"}, "mse_heads": task | head, "sac": body | head | task,
-                       "mh_sac": body | head | task}[name]
-    assert new["members.0.1.weight"] == {"mlp": (5, 4), "simba": (5, 4), "separate_heads": (10, 4), "mse_heads": (2, 4),
-                                         "mh_sac": (2, 4)}.get(name, (1, 4))
+    changed, outputs = {  # parameters of the critic, and how many outputs its last layer has
+        "mlp": (body, 5), "simba": (body | {"mean", "var", "count"}, 5), "separate_heads": (task | head, 10),
+        "mse_heads": (task | head, 2), "sac": (body | head | task, 1), "mh_sac": (body | head | task, 2),
+    }.get(name, (head, 1))
+    assert {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)} == changed
+    assert new["members.0.1.weight"] == (outputs, 4)
     if "Actor" in REPLACED[name]:
         rows = 2 if name == "sac" else 4  # A, or N A
         assert shapes(agent.actor)["mean.weight"] == shapes(agent.actor)["log_std.weight"] == (rows, 4)
@@ -166,8 +139,8 @@ def test_trains_resumes_and_evaluates(name, tmp_path):
 
 def test_runs_from_any_directory(tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    command = [sys.executable, str(ROOT / "ablations" / "sac.py"), "--tasks", "nonsense"]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, str(ROOT / "ablations" / "sac.py"), "--tasks", "nonsense"], cwd=tmp_path,
+                            env=environment, capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.startswith("sac.py: Unknown task 'nonsense'")
 
 
@@ -175,13 +148,12 @@ def test_runs_from_any_directory(tmp_path):
 @forked
 def test_squared_error_by_hand(name, target_q, q):
     load(name)
-    agent = make_agent()
+    agent, noise = make_agent(), torch.zeros(2, 2)
     for critic, values in ((agent.critic, (1.0, 3.0)), (agent.target, (5.0, 7.0))):
         for member, value in zip(critic.members, values, strict=True):
             member[-1].weight.data.zero_()
             member[-1].bias.data.fill_(value)
     batch = make_batch(2)._replace(reward=torch.tensor([2.0, 2.0]), terminated=torch.tensor([0.0, 1.0]))
-    noise = torch.zeros(2, 2)
     _, log_prob = brc_sac.sample_action(*agent.actor(batch.next_obs, agent.critic.embed(batch.task_id)), noise)
     y = 2 + 0.5 * (target_q - 0.1 * log_prob[0].item())
     loss, metrics = agent.critic_loss(agent.critic, agent.target, agent.actor, torch.tensor(0.1), 0.5, batch, noise)
@@ -190,15 +162,11 @@ def test_squared_error_by_hand(name, target_q, q):
     values = agent.critic(batch.obs, batch.action, agent.critic.embed(batch.task_id))
     assert values.shape == (2, 2, 1) and agent.critic.q_values(values).tolist() == [q, q]
 
-
-@forked
-def test_raw_rewards_stay_as_they_are():
-    load("mse_raw")
     normalizer = brc_sac.ReturnNormalizer(brc_sac.Args(), 2, 2)
-    reward, task_id = torch.tensor([0.1, -700.0]), torch.tensor([0, 1])
-    for episodes in range(2):  # from the first step on, and whatever the returns are
-        assert normalizer.normalize(reward, task_id, torch.tensor(0.1)).tolist() == reward.tolist()
-        assert normalizer.denormalize(reward, task_id, torch.tensor(0.1)).tolist() == reward.tolist()
+    reward, *others = torch.tensor([0.1, -700.0]), torch.tensor([0, 1]), torch.tensor(0.1)
+    for _ in range(2 if name != "mse" else 0):  # raw from the first step on, and whatever the returns are
+        assert normalizer.normalize(reward, *others).tolist() == reward.tolist()
+        assert normalizer.denormalize(reward, *others).tolist() == reward.tolist()
         normalizer.observe(np.full(2, 9.0), np.ones(2, bool), np.zeros(2, bool))
 
 
@@ -235,14 +203,13 @@ def test_mlp_by_hand():
 @forked
 def test_simba_by_hand():
     load("simba")
-    agent, batches = make_agent(critic_depth=1), [make_batch(), make_batch(4)]
+    agent, batches, embedding = make_agent(critic_depth=1), [make_batch(), make_batch(4)], torch.randn(6, 2)
     for batch in batches:
         agent.update(batch, *torch.randn(2, len(batch.obs), 2))
-    obs = torch.cat([batch.obs for batch in batches])
+    obs, batch = torch.cat([batch.obs for batch in batches]), batches[0]
     for critic in (agent.critic, agent.target):
         torch.testing.assert_close(critic.mean, obs.mean(0), rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(critic.var, obs.var(0, correction=0), rtol=1e-3, atol=1e-4)
-    embedding, batch = torch.randn(6, 2), batches[0]
     (first, (norm, up, _, down), last_norm), last = agent.critic.members[1]
     x = first(torch.cat([(batch.obs - agent.critic.mean) / agent.critic.var.sqrt(), batch.action, embedding], -1))
     x = x + down(F.relu(up(F.layer_norm(x, (4,), norm.weight, norm.bias, 1e-6))))
@@ -276,7 +243,7 @@ def test_heads_by_hand():
 
 
 @pytest.mark.parametrize("max_bytes", [1e9, 1, 40])
-def test_gram_matrix_and_conflicts_by_hand(max_bytes):
+def test_gram_matrix_conflicts_and_principal_components_by_hand(max_bytes):
     a, b, unused = (torch.zeros(size, requires_grad=True) for size in (2, 1, 3))
     gradients = [((1.0, 0.0), 2.0), ((-3.0, 1.0), 1.0), ((0.0, 2.0), -1.0)]  # with respect to a and b
 
@@ -287,9 +254,6 @@ def test_gram_matrix_and_conflicts_by_hand(max_bytes):
     gram = diagnose.gram_matrix(loss, 3, [a, unused, b], max_bytes)
     assert gram.tolist() == [[5, -1, -2], [-1, 11, 1], [-2, 1, 5]]
     assert diagnose.conflicts(gram).tolist() == [1.0, 0.5, 0.5]  # two of the three pairs
-
-
-def test_principal_components_by_hand():
     points, shares = diagnose.principal_components(np.array([[1.0, 1, 0], [4, 5, 0], [7, 9, 0]]))
     np.testing.assert_allclose(points, [[-5, 0], [0, 0], [5, 0]], atol=1e-12)
     np.testing.assert_allclose(shares, [1, 0], atol=1e-12)

@@ -47,23 +47,10 @@ def rollout(env, steps: int, seed: int | None = None, between=None) -> np.ndarra
     return np.concatenate(trace)
 
 
-# ------------------------------------------------------------------------------------------ lists, scores, errors
-def test_task_lists():
+# ---------------------------------------------------------------------------------------------------------- errors
+def test_every_task_has_its_returns():
     medium, hard = suites.SUITES["hb-medium"], suites.SUITES["hb-hard"]
-    assert (len(medium.tasks), len(medium.pretrain), len(medium.transfer), medium.steps) == (9, 6, 3, 1_000_000)
-    assert (len(hard.tasks), len(hard.pretrain), len(hard.transfer), hard.steps) == (20, 20, 7, 2_000_000)
-    assert set(medium.pretrain) | set(medium.transfer) == set(medium.tasks)
     assert {*medium.tasks, *hard.tasks, *hard.transfer} == set(humanoidbench.RETURNS)
-    assert not humanoidbench.owns("h1-push") and not humanoidbench.owns("walk")
-
-
-def test_score():
-    table = {"h1-walk": (2.377, 700.0), "h1-maze": (106.441, 1200.0), "h1hand-crawl": (278.868, 800.0),
-             "h1hand-reach": (-50.024, 12000.0), "h1hand-push": (-526.8, 700.0)}  # fmt: skip
-    for task, (random, target) in table.items():
-        assert suites.score(task, random, None) == 0.0
-        assert suites.score(task, target, 1.0) == 1.0
-        assert suites.score(task, (random + target) / 2, 0.0) == pytest.approx(0.5)
 
 
 @pytest.fixture
@@ -126,12 +113,10 @@ def test_contract(task, capfd):
 
 
 @installed
-@pytest.mark.parametrize(
-    ("task", "length"),
-    [("h1-walk", 1000), ("h1hand-bookshelf_hard", 1000), ("h1hand-insert_small", 500), ("h1hand-insert_normal", 500)],
-)
-def test_time_limits(task, length):
-    assert make(task).get_wrapper_attr("_max_episode_steps") == length
+def test_time_limits():
+    for task, length in (("h1-walk", 1000), ("h1hand-bookshelf_hard", 1000), ("h1hand-insert_small", 500),
+                         ("h1hand-insert_normal", 500)):
+        assert make(task).get_wrapper_attr("_max_episode_steps") == length
 
 
 @installed

@@ -6,8 +6,6 @@ import functools
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,10 +18,10 @@ from tensordict import TensorDict
 import brc_sac
 import harness
 import offline
+from conftest import Program
 from offline_data import tdmpc2
 from offline_data.runs import RunReplay
 
-SCRIPT = Path(offline.__file__)
 TASKS = ("pendulum-swingup", "cartpole-swingup")  # observations of 3 and 5, actions of 1
 SIZES = {"pendulum-swingup": (3, 1), "cartpole-swingup": (5, 1), "reach": (39, 4), "walker-stand": (24, 6)}
 ARGS = brc_sac.Args(tasks=TASKS, width=16, actor_width=16, embedding_norm="l1", compile=False)
@@ -48,8 +46,8 @@ def write_run(path: Path, tasks=TASKS, steps=100, lengths=(30, 43), terminates=1
     obs = own * rng.normal(size=own.shape).astype(np.float32)
     for step in range(1, steps + 1):
         action = rng.uniform(-1, 1, (len(tasks), sizes[1])).astype(np.float32)
-        reward, next_obs = rng.normal(size=len(tasks)).astype(np.float32), own * rng.normal(size=own.shape)
-        next_obs = next_obs.astype(np.float32)
+        reward, next_obs = rng.normal(size=len(tasks)), own * rng.normal(size=own.shape)
+        reward, next_obs = reward.astype(np.float32), next_obs.astype(np.float32)
         ended = step % np.array(lengths) == 0
         terminated = ended & (np.arange(len(tasks)) == terminates)
         buffer.add(obs, action, reward, terminated, ended & ~terminated, next_obs)
@@ -256,64 +254,59 @@ def test_the_critic_learns_as_online_and_the_cloning_term_by_hand():
 
 # ----------------------------------------------------------------------------------------------------- whole runs
 
-SMALL = "--width 16 --batch-size 16 --eval-episodes 1 --device cpu --workers 0 --log-interval 50"
+FLAGS = "--width 16 --batch-size 16 --eval-episodes 1 --device cpu --workers 0 --log-interval 50"
 
 
-def start(arguments: str, cwd: Path) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, str(SCRIPT), *arguments.split()], cwd=cwd, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+@pytest.fixture
+def program(tmp_path, monkeypatch) -> Program:
+    monkeypatch.setattr(harness, "PROGRAM", Path("offline.py"))
+    return Program(offline, tmp_path)
 
 
-def finish(process: subprocess.Popen) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
-
-
-def test_kill_and_resume(tmp_path):
-    write_run(tmp_path / "source")
-    arguments = f"--data source --updates 300 --eval-interval 200 --checkpoint-interval 20 {SMALL} --run-dir"
-    whole, killed = start(f"{arguments} whole", tmp_path), start(f"{arguments} killed", tmp_path)
-    while killed.poll() is None and not (tmp_path / "killed" / "checkpoint.previous.pt").exists():
-        time.sleep(0.02)
-    killed.send_signal(signal.SIGKILL)
-    finish(killed)
-    code, out, err = finish(start("--resume killed", tmp_path))
-    assert code == 0, err
-    assert finish(whole)[0] == 0
-    states = [torch.load(tmp_path / name / "checkpoint.pt") for name in ("whole", "killed")]
+def test_kill_and_resume(program):
+    folder, deadline = program.folder, time.monotonic() + 300
+    write_run(folder / "source")
+    arguments = f"--data source --updates 300 --eval-interval 200 --checkpoint-interval 20 {FLAGS} --run-dir"
+    assert program.run(f"{arguments} whole") == 0, program.err
+    process = program.start(f"{arguments} killed")
+    while not (folder / "killed" / "checkpoint.previous.pt").exists():
+        assert time.monotonic() < deadline, program.err
+        time.sleep(0.002)
+    os.kill(process, signal.SIGKILL)
+    program.wait(process)
+    assert program.run("--resume killed") == 0, program.err
+    states = [torch.load(folder / name / "checkpoint.pt") for name in ("whole", "killed")]
     assert [state["env_step"] for state in states] == [300, 300]
     for part in ("critic", "target", "actor"):
         for name, value in states[0]["agent"][part].items():
             assert torch.equal(value, states[1]["agent"][part][name]), (part, name)
-    rows = [[line.split(",", 1)[1] for line in (tmp_path / name / "metrics.csv").read_text().splitlines()]
+    rows = [[line.split(",", 1)[1] for line in (folder / name / "metrics.csv").read_text().splitlines()]
             for name in ("whole", "killed")]
     assert rows[0] == rows[1] and {row.split(",")[3] for row in rows[0][1:]} == {"200", "300"}
 
-    write_run(tmp_path / "other", seed=1)
-    refused, evaluated = start("--resume killed --data other --updates 400", tmp_path), start(
-        "--evaluate killed --eval-episodes 2", tmp_path)
-    code, _, err = finish(refused)
-    assert code == 2 and "not the transitions with which" in err
-    code, out, err = finish(evaluated)
-    assert code == 0 and "at step 300, 2 episodes" in out, err
+    write_run(folder / "other", seed=1)
+    assert "not the transitions with which" in program.refused("--resume killed --data other --updates 400")
+    assert program.run("--evaluate killed --eval-episodes 2") == 0, program.err
+    assert "at step 300, 2 episodes" in program.out
 
 
-def test_published_files_end_to_end(tmp_path):
-    write_chunks(tmp_path / "mt80", [[7, 10], [7]])
-    bad, = write_chunks(tmp_path / "bad", [[7]])
+def test_published_files_end_to_end(program):
+    write_chunks(program.folder / "mt80", [[7, 10], [7]])
+    for name, options, count in (("paper", "--max-transitions 150", 250), ("paper-bc", "--bc-only", 300)):
+        assert program.run(f"--data mt80 {options} --updates 40 --eval-interval 40 {FLAGS} --run-dir {name}") == 0
+        assert f"{count} transitions of 2 tasks: " in program.out
+        last = (program.folder / name / "metrics.csv").read_text().splitlines()[-1]
+        assert last.startswith(f"offline-pendulum-swingup-cartpole-swingup-{name},mean,0,score,40,")
+        assert json.loads((program.folder / name / "args.json").read_text())["action_repeat"] == 2
+
+
+def test_what_cannot_be_learned_from_is_refused_in_one_sentence(program):
+    write_chunks(program.folder / "mt80", [[7]])
+    bad, = write_chunks(program.folder / "bad", [[7]])
     bad["reward"][0, 1] = np.inf
-    torch.save(TensorDict(bad, batch_size=(1, 101)), tmp_path / "bad" / "chunk_0.pt")
-    write_run(tmp_path / "source")
-    runs = {arguments: start(f"{arguments} --updates 40 --eval-interval 40 {SMALL}", tmp_path) for arguments in (
-        "--data mt80 --max-transitions 150 --run-dir bc+brc", "--data mt80 --bc-only --run-dir bc", "--data bad",
-        "--data source mt80", "--data mt80 --tasks reach", "--data mt80 --last 5", "--data nothing")}
-    (code, out, err), _, *refused = [finish(process) for process in runs.values()]
-    assert code == 0 and "250 transitions of 2 tasks: " in out, err
-    for name, exp_name in (("bc+brc", "paper"), ("bc", "paper-bc")):
-        last = (tmp_path / name / "metrics.csv").read_text().splitlines()[-1]
-        assert last.startswith(f"offline-pendulum-swingup-cartpole-swingup-{exp_name},mean,0,score,40,")
-        assert json.loads((tmp_path / name / "args.json").read_text())["action_repeat"] == 2
-    for (code, _, err), reason in zip(refused, ("chunk_0.pt", "cannot be joined", "no transitions of reach",
-                                                "--last is for runs", "neither a run"), strict=True):
-        assert code == 2 and reason in err and "Traceback" not in err
-        assert len(err.strip().splitlines()) == 1
+    torch.save(TensorDict(bad, batch_size=(1, 101)), program.folder / "bad" / "chunk_0.pt")
+    write_run(program.folder / "source")
+    for arguments, reason in (
+            ("bad", "chunk_0.pt"), ("source mt80", "cannot be joined"), ("nothing", "neither a run"),
+            ("mt80 --tasks reach", "no transitions of reach"), ("mt80 --last 5", "--last is for runs")):
+        assert reason in program.refused(f"--data {arguments} {FLAGS}")
