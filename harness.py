@@ -127,8 +127,8 @@ def read_args(run_dir: Path, Args: type) -> tuple[Any, dict]:
     """The arguments of the run in a directory, those of transfer.py or offline.py first, and all of its args.json."""
     try:
         facts = json.loads((run_dir / "args.json").read_text())
-        given = facts | (facts.get("own", {}) if Path(facts["program"]).name == PROGRAM.name else {})
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        given = facts | (facts.get("own", {}) if Path(facts.get("program", "")).name == PROGRAM.name else {})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"{run_dir} holds no run to continue (args.json: {error}): give a run directory.") from None
     if facts.get("format") != FORMAT:
         raise UsageError(f"{run_dir} is of another version of this program: start anew, or use commit "
