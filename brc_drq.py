@@ -145,7 +145,7 @@ def resolve(args: Args) -> Args:
     """Fills in the defaults that depend on other arguments. Raises UsageError or suites.SuiteError for bad ones."""
     tasks = suites.resolve(args.suite, args.tasks, "all")
     if others := [task for task in tasks if suites.benchmark(task) is not suites.atari]:
-        raise UsageError(f"{others[0]} is not an Atari game: {harness.PROGRAM.name} learns from pixels with discrete "
+        raise UsageError(f"{others[0]} is not an Atari game: {Path(__file__).name} learns from pixels with discrete "
                          "actions, so leave it out, or use brc_sac.py for it.")
     label = args.suite
     if args.tasks:
@@ -157,7 +157,8 @@ def resolve(args: Args) -> Args:
     } | (SMALL if args.small else {})
     args = harness.fill(dataclasses.replace(args, tasks=tasks), **defaults)
     args = harness.fill(args, checkpoint_interval=max(1, args.total_steps // 20))
-    harness.check_range(args, 1, math.inf, "total_steps", "eval_interval", "eval_episodes", "final_eval_episodes",
+    harness.check_range(args, 0, math.inf, "total_steps")  # none for a zero-shot transfer
+    harness.check_range(args, 1, math.inf, "eval_interval", "eval_episodes", "final_eval_episodes",
                         "log_interval", "checkpoint_interval", "updates_per_step", "batch_size", "n_step",
                         "hidden_width", "embedding_dim", "epsilon_decay_steps", "max_frames")
     # An n-step return is complete n steps later, so there is nothing to learn from before.
@@ -495,6 +496,7 @@ class ReplayBuffer:
         newest = torch.arange(self.steps - 1, self.steps + 1) % len(self.rows)
         for name in ("frames", "rows", "end"):
             getattr(self, name)[newest] = state[name].to(self.device)
+        self.end_step.fill_(-1)
         self.end_episodes(np.array([], int))
 
 
@@ -781,7 +783,7 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
     return results
 
 
-def make_envs(args: Args, pad_to: tuple[int, ...] = (), evaluation: bool = False) -> Games:
+def make_envs(args: Args, evaluation: bool = False) -> Games:
     """One environment of each task, or for evaluation as many as it has episodes, ten at most. Raises SuiteError."""
     copies = min(10, max(args.eval_episodes, args.final_eval_episodes)) if evaluation else 1
     return Games([task for task in args.tasks for _ in range(copies)], args.max_frames)
@@ -827,9 +829,10 @@ def evaluate_run(args: Args) -> list[dict]:
     seed = harness.derived_seed(args.seed, "evaluation", saved["env_step"])
     results, frames = evaluate(agent, envs, args.eval_episodes, seed, args.capture_video)
     envs.close()
-    list(suites.write_videos(args.tasks, frames, run_dir, saved["env_step"]))
     print(f"{args.exp_name} at step {saved['env_step']:,}, {args.eval_episodes} episodes per task")
     print(suites.table(args.tasks, results))
+    with harness.survives("The videos"):
+        list(suites.write_videos(args.tasks, frames, run_dir, saved["env_step"]))
     return results
 
 

@@ -43,7 +43,7 @@ import numpy as np
 import harness
 import suites
 from harness import UsageError
-from suites.vector import EnvError, VectorEnv, default_workers
+from suites.vector import EnvError, VectorEnv
 
 # ------------------------------------------------------------------------------------------------------- arguments
 
@@ -150,11 +150,12 @@ DEMO = dict(width=128, batch_size=256, learning_starts=1000, eval_interval=2_000
 def resolve(args: Args) -> Args:
     """Fills in the defaults that depend on other arguments. Raises UsageError or suites.SuiteError for bad ones."""
     if args.assets:  # through the environment, which the worker processes inherit
-        os.environ["SHADOWHAND_ASSETS"] = os.path.abspath(args.assets)
+        args = dataclasses.replace(args, assets=os.path.abspath(args.assets))
+        os.environ["SHADOWHAND_ASSETS"] = args.assets
     tasks = suites.resolve(args.suite, args.tasks, args.split)
     suites.check_goals(tasks, args.goals or "fresh")
     if games := [task for task in tasks if suites.benchmark(task) is suites.atari]:
-        raise UsageError(f"{games[0]} is an Atari game, played from pixels: {harness.PROGRAM.name} runs continuous "
+        raise UsageError(f"{games[0]} is an Atari game, played from pixels: {Path(__file__).name} runs continuous "
                          "control only, so leave the games out, or use brc_drq.py for them.")
     label = args.suite + "-pretrain" * (args.split == "pretrain")
     if args.tasks:
@@ -167,7 +168,7 @@ def resolve(args: Args) -> Args:
         "goals": {"paper": "fresh", "release": "frozen"}[args.variant],
     } | (DEMO if args.suite == "demo" and not args.tasks else {})
     args = harness.fill(dataclasses.replace(args, tasks=tasks), **defaults)
-    args = harness.fill(args, eval_interval=max(1, args.total_steps // 20), workers=default_workers(tasks))
+    args = harness.fill(args, eval_interval=max(1, args.total_steps // 20))
     args = harness.fill(args, checkpoint_interval=args.eval_interval)
     harness.check_range(args, 1, math.inf, "width", "eval_interval", "eval_episodes", "log_interval",
                         "checkpoint_interval", "updates_per_step", "batch_size", "learning_starts", "buffer_size",
@@ -192,7 +193,6 @@ import torch  # noqa: E402
 import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
-
 import devices  # noqa: E402
 
 # -------------------------------------------------------------------------------------------------------- networks
@@ -503,6 +503,7 @@ class ReplayBuffer:
         self.oldest = max(state["oldest"], self.steps - self.capacity)
         newest = torch.arange(self.steps - 1, self.steps + 1) % len(self.rows)
         self.rows[newest], self.end[newest] = state["rows"].to(self.device), state["end"].to(self.device)
+        self.end_step.fill_(-1)
         self.end_episodes(np.array([], int))
 
 
@@ -734,8 +735,8 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
     num_tasks, tasks, rows = len(args.tasks), args.tasks[rank::size], range(rank, len(args.tasks), size)
     if size > num_tasks:
         raise UsageError(f"torchrun has started {size} processes for {num_tasks} tasks: give it at most one per task.")
-    device = devices.choose_device(args.device)
     replay_device = devices.choose_device(args.replay_device or args.device)
+    device = devices.choose_device(args.device)
     run = harness.Run(args, start.arguments, **start.facts)
     more = {"workers": args.workers, "pad_to": start.pad_to, "goals": args.goals, "rows": rows,
             "agree": devices.largest}
@@ -814,8 +815,8 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
                 action = agent.act(devices.send(obs, device), noise)
             # a pretrained critic would unlearn from the rewards of 0 before the first episode has given a return scale
             learning = env_step >= args.learning_starts and not (start.acts and np.isinf(normalizer.return_max).any())
-            from_host = learning and device != replay_device
-            batch = [sample()] if from_host else []  # while the device is still busy with the updates before
+            # from host memory while the device is still busy with the updates before
+            batch = [sample()] if learning and args.overlap and device != replay_device else []
             action = action.cpu().numpy()  # waits for the device: the simulators need the actions
             run.check_finite({"action": action}, env_step)
             # step, and update while the simulators work: the newest transition is sampled a step later
@@ -830,7 +831,7 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
             normalizer.observe(result.reward, result.terminated, result.truncated, last_value)
             obs = result.obs
             if learning and not args.overlap:
-                metrics = updates(*batch)
+                metrics = updates()
             # log
             run.bar.update()
             if env_step % args.log_interval == 0 and metrics:
@@ -840,6 +841,7 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
                 scalars |= {f"train/{name}": value.item() for name, value in metrics.items()}
                 run.log(ChainMap(*devices.gather(scalars)), env_step)  # of losses, the first rank's
     except EnvError as error:
+        run.check_finite(metrics, env_step)
         save()
         raise harness.RunError(f"{error}\nStopped at step {env_step:,}. To go on: {run.go_on}") from None
     finally:
@@ -853,8 +855,7 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
 def raw_value(agent: Agent, normalizer: ReturnNormalizer, obs: np.ndarray) -> np.ndarray:
     """The critic's value [N] of observations [N, O] in raw reward units. Waits for the device, once per episode."""
     value = agent.value(torch.from_numpy(obs).to(agent.device))
-    rows = torch.arange(len(obs), device=agent.device)
-    return normalizer.denormalize(value, rows, agent.temperature).cpu().numpy()
+    return normalizer.denormalize(value, torch.arange(len(obs)).to(agent.device), agent.temperature).cpu().numpy()
 
 
 def restore(state: dict, agent: Agent, normalizer: ReturnNormalizer, buffer: ReplayBuffer) -> int:
@@ -882,9 +883,10 @@ def evaluate_run(args: Args) -> list[dict]:
     seed = harness.derived_seed(args.seed, "evaluation", saved["env_step"])
     results, frames = evaluate(agent, envs, args.eval_episodes, seed, args.capture_video)
     envs.close()
-    list(suites.write_videos(args.tasks, frames, run_dir, saved["env_step"]))
     print(f"{args.exp_name} at step {saved['env_step']:,}, {args.eval_episodes} episodes per task")
     print(suites.table(args.tasks, results))
+    with harness.survives("The videos"):
+        list(suites.write_videos(args.tasks, frames, run_dir, saved["env_step"]))
     return results
 
 

@@ -22,6 +22,8 @@ def choose_device(name: str) -> torch.device:
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.empty(0, device=name).device
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError(f"nothing was ever run on {device.type}")
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"Device '{name}' is not on this machine ({str(error).splitlines()[0]}): give cpu, cuda, "
                          "cuda:N or auto.") from None
@@ -96,7 +98,7 @@ def share(batch_size: int, num_tasks: int) -> int:
 
 def largest(numbers: list[int]) -> list[int]:
     """Of each number the largest that a rank has."""
-    tensor = torch.tensor(numbers)
+    tensor = torch.tensor(numbers, dtype=torch.int64)
     if dist.is_initialized():
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor.tolist()

@@ -1,10 +1,9 @@
-"""What every run needs and no method is in: arguments, devices, a run directory with logs and checkpoints, signals.
+"""What every run needs and no method is in: arguments, a run directory with logs and checkpoints, signals, errors.
 
 args.json        every argument, the program, git commit, versions, hardware, and a record of every resume
 metrics.csv      exp_name,env_name,seed,metric,env_step,value: one row per task and metric, append-only
 checkpoint.pt    the learner's state; checkpoint.previous.pt is the one before it
 replay/*.bin     the replay's rows, append-only: a checkpoint names the pieces that it needs, with checksums
-lock             locked by the process that the directory belongs to
 """
 
 import contextlib
@@ -58,8 +57,10 @@ class Unfailing(io.FileIO):
 def exit_on_error(function: Callable, *args: Any) -> Any:
     """Runs `function`. Bad input ends the program with its one sentence and exit code 2, a failed run with 1."""
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")  # None if it was closed before the program began
-        if isinstance(stream, io.TextIOWrapper) and not isinstance(stream.buffer, Unfailing):
+        stream = getattr(sys, name)
+        if stream is None:  # closed before the program began
+            setattr(sys, name, open(os.devnull, "w"))
+        elif isinstance(stream, io.TextIOWrapper) and not isinstance(stream.buffer, Unfailing):
             raw = Unfailing(stream.fileno(), "w", closefd=False)
             setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, "backslashreplace", write_through=True))
     try:
@@ -71,8 +72,7 @@ def exit_on_error(function: Callable, *args: Any) -> Any:
         text = f"{type(error).__name__}: {error}".splitlines()[0]
         if not any(refusal in text for refusal in ("MemoryError", "OutOfMemoryError", "DefaultCPUAllocator")):
             raise
-        print(f"{PROGRAM.name}: Out of memory ({text}): give a smaller network, --batch-size or --buffer-size, or "
-              "--replay-device cpu; a run that has a checkpoint can be resumed.", file=sys.stderr)
+        print(f"{PROGRAM.name}: Out of memory: {text}. Try a smaller network, batch or --buffer-size.", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
@@ -102,10 +102,11 @@ def check_range(args: Any, low: float, high: float, *names: str) -> None:
 def parse_args(Args: type, resolve: Callable, may_change: tuple[str, ...] = MAY_CHANGE) -> Any:
     """The command line, resolved; with --resume or --evaluate, that run's arguments and what is given beside them."""
     import tyro
-
     args = tyro.cli(Args, description=(sys.modules["__main__"].__doc__ or "").split("\n\n")[0])
     evaluate = getattr(args, "evaluate", None)
     run_dir = args.resume or evaluate
+    if args.resume and evaluate:
+        raise UsageError("--resume and --evaluate were both given: give one of them.")
     if not run_dir:
         return resolve(args)
     saved, facts = read_args(Path(run_dir), Args)
@@ -125,15 +126,15 @@ def parse_args(Args: type, resolve: Callable, may_change: tuple[str, ...] = MAY_
 
 
 def read_args(run_dir: Path, Args: type) -> tuple[Any, dict]:
-    """The arguments of the run in a directory, the program's own (under its name) first, and all of its args.json."""
+    """The arguments of the run in a directory, those of transfer.py or offline.py first, and all of its args.json."""
     try:
         facts = json.loads((run_dir / "args.json").read_text())
-        given = facts | facts.get(PROGRAM.stem, {})
+        given = facts | facts.get("own", {})
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"{run_dir} holds no run to continue (args.json: {error}): give a run directory.") from None
     if facts.get("format") != FORMAT:
-        raise UsageError(f"{run_dir} was written by another version of this program and cannot be continued: start a "
-                         f"new run, or check out commit {facts.get('git_commit')}, which wrote it.")
+        raise UsageError(f"{run_dir} is of another version of this program: start anew, or use commit "
+                         f"{facts.get('git_commit')}, which wrote it.")
     return Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
                    if name in Args.__dataclass_fields__}), facts
 
@@ -180,23 +181,21 @@ class Run:
     @property
     def go_on(self) -> str:
         """The command that continues this run."""
-        size = os.environ.get("WORLD_SIZE", "1")
-        launcher = ["python"] if size == "1" else ["torchrun", "--nproc-per-node", size]
+        torchrun = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
+        launcher = torchrun if "LOCAL_WORLD_SIZE" in os.environ else ["python"]
         return shlex.join([*launcher, str(PROGRAM), *self.arguments.split(), "--resume", str(self.root)])
 
     def open(self, buffer: Any) -> None:
         """Claims the directory, with --resume reads the last checkpoint, writes args.json, starts the logs.
 
-        Under torchrun every rank but the first has a directory of its own in it and logs nothing, and they agree on the
-        step of the checkpoint.
+        Under torchrun all ranks but the first have directories of their own in it, log nothing, and agree on a step.
         """
         import devices
-
-        self.rank, size = rank, _ = devices.join()
-        self.dir, self.lock = (self.dir, None) if rank else claim(self.dir, self.args)
+        self.rank, size = devices.join()
+        self.dir, self.lock = (self.dir, None) if self.rank else claim(self.dir, self.args)
         self.root = Path(devices.gather(str(self.dir))[0])
-        if rank:
-            self.dir, self.lock = claim(self.root / f"rank{rank}", self.args)
+        if self.rank:
+            self.dir, self.lock = claim(self.root / f"rank{self.rank}", self.args)
         if self.args.resume:
             if size != (before := json.loads((self.root / "args.json").read_text())["ranks"]):
                 raise UsageError(f"{self.root} is a run of {before} processes and cannot go on with {size}: start it "
@@ -205,34 +204,33 @@ class Run:
             step = -devices.largest([-self.state.get("env_step", 0)])[0]
             if step < self.state.get("env_step", 0):  # another rank has lost its newest
                 self.state = read_checkpoint(self.dir, buffer, goes_on=True, at=step)
-            if rank and self.state:  # which only the first rank writes
+            devices.gather(None)  # the first rank has put its files in order
+            if self.rank and self.state:  # which only the first rank writes
                 self.state["agent"] = read_checkpoint(self.root, at=step)["agent"]
             self.saved_step = self.state.get("env_step")
         self.facts["ranks"] = size
         run_id = self._write_args()
-        if self.args.track:
+        if self.args.track and not self.rank:
             import wandb
-
             wandb.init(project=os.environ.get("WANDB_PROJECT", "brc"), name=self.dir.name, id=run_id, resume="allow",
                        config=dataclasses.asdict(self.args), dir=str(self.dir), sync_tensorboard=True)
         print(f"{self.args.exp_name} in {self.dir}", flush=True)
         self.bar = tqdm(total=self.args.total_steps, initial=self.saved_step or 0, unit="step", dynamic_ncols=True,
-                        miniters=1, mininterval=0.5 if sys.stderr.isatty() else 15, disable=rank > 0)
-        with survives("metrics.csv"):
-            self._read_csv()
-        self._append_csv()
+                        miniters=1, mininterval=0.5 if sys.stderr.isatty() else 15, disable=self.rank > 0)
+        if not self.rank:
+            with survives("metrics.csv"):
+                self._read_csv()
+            self._append_csv()
 
     @functools.cached_property
     def tensorboard(self) -> Any:
-        """The writer; a disk on which it cannot be made now is tried again the next time."""
+        """The writer; one that has failed, which it then does for good, is made anew the next time."""
         from torch.utils.tensorboard import SummaryWriter
-
         return SummaryWriter(str(self.dir / "tensorboard"), purge_step=self.saved_step + 1 if self.saved_step else None)
 
     def _write_args(self) -> str:
         """args.json: the arguments, what else a reader needs to repeat the run, every resume. Returns the run's id."""
         import torch
-
         git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
         gpu = torch.cuda.is_available() and self.args.device != "cpu"
@@ -244,7 +242,7 @@ class Run:
         arguments = dataclasses.asdict(self.args) | {"resume": None, "evaluate": None, "run_dir": str(self.dir)}
         path = self.dir / "args.json"
         if self.args.resume:
-            facts = json.loads(path.read_text()) | arguments | self.facts
+            facts = json.loads((self.root / "args.json").read_text()) | arguments | self.facts
             facts["resumed"] = [*facts.get("resumed", []), {"env_step": self.saved_step} | here]
         else:
             facts = arguments | {"format": FORMAT, "run_id": os.urandom(6).hex(), "program": str(PROGRAM.resolve()),
@@ -261,8 +259,11 @@ class Run:
         path = self.dir / "metrics.csv"
         data = path.read_bytes() if path.exists() else b""
         self.evaluated = set(map(int, re.findall(rb",mean,[^,\n]*,score,(\d+),[^,\n]*\n", data)))
-        begun = -1 if self.saved_step is None or self.saved_step in self.evaluated else self.saved_step
-        whole = re.sub(rb"([^\n]*,%d,[^,\n]*\n)*[^\n]*\Z" % begun, b"", data, count=1)
+        rows, begun = data.splitlines(keepends=True), [str(self.saved_step).encode()]
+        while rows and (not rows[-1].endswith(b"\n")
+                        or self.saved_step not in self.evaluated and rows[-1].split(b",")[-2:-1] == begun):
+            rows.pop()
+        whole = b"".join(rows)
         if not whole:
             self.unwritten.append(("exp_name", "env_name", "seed", "metric", "env_step", "value"))
         if len(whole) < len(data):
@@ -274,7 +275,7 @@ class Run:
         with survives("metrics.csv"):
             size = path.stat().st_size if path.exists() else 0
             try:
-                with open(path, "a", newline="") as file:
+                with open(path, "a", newline="", encoding="utf-8", errors="backslashreplace") as file:
                     csv.writer(file, lineterminator="\n").writerows(self.unwritten)
                     file.flush()
                     os.fsync(file.fileno())
@@ -295,7 +296,7 @@ class Run:
         self._append_csv()
         self.evaluated.add(env_step)
         self.log(scalars, env_step)
-        with survives("TensorBoard's log or the videos"):
+        with survives("TensorBoard's log or the videos", lambda: vars(self).pop("tensorboard", None)):
             for summary in suites.write_videos(self.args.tasks, frames, self.dir, env_step):
                 self.tensorboard._get_file_writer().add_summary(summary, env_step)
             if embedding.numel():
@@ -307,24 +308,32 @@ class Run:
     def log(self, scalars: dict[str, float], env_step: int) -> None:
         """Scalars, and the bar's own speed, for TensorBoard."""
         if self.rank == 0:
-            with survives("TensorBoard's log"):
+            with survives("TensorBoard's log", lambda: vars(self).pop("tensorboard", None)):
                 for name, value in {"time/env_steps_per_second": self.bar.format_dict["rate"] or 0, **scalars}.items():
                     self.tensorboard.add_scalar(name, value, env_step)
 
     def save(self, env_step: int, state: dict, buffer: Any) -> None:
         """A checkpoint of `state`, torch's random states and the replay's new rows; on failure warns, and goes on."""
         import torch
+        import devices
 
         self.asked = False
         if env_step == self.saved_step:
             return
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        failed = True
         with survives(f"The checkpoint of step {env_step:,}"):
             replay = append_replay(self.dir / "replay", buffer, self.state) if self.args.save_replay else {}
             state = state | {"format": FORMAT, "env_step": env_step, "replay": replay,
                              "random": {"cpu": torch.get_rng_state(), "cuda": cuda}}
-            write_file(self.dir / "checkpoint.pt", lambda file: torch.save(state, file), "checkpoint.previous.pt")
-            self.saved_step, self.state = env_step, {"replay": replay}
+            write_file(self.dir / "checkpoint.new.pt", lambda file: torch.save(state, file))
+            failed = False
+        if devices.largest([failed]) == [False]:  # all ranks have theirs
+            with survives(f"The checkpoint of step {env_step:,}"):
+                if (self.dir / "checkpoint.pt").exists():
+                    os.replace(self.dir / "checkpoint.pt", self.dir / "checkpoint.previous.pt")
+                os.replace(self.dir / "checkpoint.new.pt", self.dir / "checkpoint.pt")
+                self.saved_step, self.state = env_step, {"replay": replay}
 
     def check_finite(self, values: dict, env_step: int) -> None:
         """Raises RunError if one of the tensors or arrays is not finite. Waits for the device."""
@@ -356,12 +365,13 @@ class Run:
 
 
 @contextlib.contextmanager
-def survives(what: str) -> Iterator[None]:
-    """A disk that fails costs what was to be written, never the run."""
+def survives(what: str, then: Callable[[], object] = bool) -> Iterator[None]:
+    """A disk that fails costs what was to be written, never the run; `then` is called."""
     try:
         yield
     except OSError as error:
-        tqdm.write(f"{what} cannot be written ({error}); the run goes on, and tries again the next time.")
+        tqdm.write(f"{what} cannot be written ({error}); the run goes on, and tries again.", file=sys.stderr)
+        then()
 
 
 def check_empty(directory: Path) -> None:
@@ -396,16 +406,14 @@ def claim(directory: Path, args: Any) -> tuple[Path, Any]:
 # ----------------------------------------------------------------------------------------------------- checkpoints
 
 
-def write_file(path: Path, write: Callable[[Any], object], previous: str | None = None) -> None:
-    """Calls `write` with a file aside, syncs and renames it: `path` is complete, or as before, which is `previous`."""
+def write_file(path: Path, write: Callable[[Any], object]) -> None:
+    """Calls `write` with a file aside, syncs and renames it: `path` is complete, or as before. Raises OSError."""
     aside = path.with_name(f"{path.name}.tmp")
     try:
         with open(aside, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        if previous and path.exists():
-            os.replace(path, path.with_name(previous))
         os.replace(aside, path)
     except RuntimeError as error:  # torch.save reports a full disk as an error of its own
         raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
@@ -441,7 +449,6 @@ def append_replay(folder: Path, buffer: Any, state: dict) -> dict:
 def load_replay(folder: Path, buffer: Any, state: dict) -> None:
     """Reads the kept rows into `buffer.rings`. Raises OSError or ValueError for a file that is short or damaged."""
     import torch
-
     for name, (ring, end, kept) in buffer.rings.items():
         row, path = ring[0].cpu().numpy(), folder / f"{name}.bin"
         for first, stop, checksum in state["replay"][name]:
@@ -461,7 +468,6 @@ def read_checkpoint(run_dir: Path, buffer: Any = None, goes_on: bool = False, at
     there is none yet. Raises UsageError where there is no complete one.
     """
     import torch
-
     paths, failures = [run_dir / "checkpoint.pt", run_dir / "checkpoint.previous.pt"], []
     if goes_on and not any(path.exists() for path in paths):
         print(f"{run_dir} has no checkpoint yet: starting from the beginning.", file=sys.stderr)

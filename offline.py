@@ -230,7 +230,7 @@ def train(args: Args) -> list[dict]:
     learner = learner_args(args, args.tasks or tuple(held))
     device, data_device = map(devices.choose_device, (learner.device, learner.replay_device or learner.device))
     own = {name: value for name, value in dataclasses.asdict(args).items() if name not in SHARED}
-    run = harness.Run(learner, action_repeat=sources[0].action_repeat, **{harness.PROGRAM.stem: own})
+    run = harness.Run(learner, action_repeat=sources[0].action_repeat, own=own)
     step_as_in_data(sources[0].action_repeat)
     envs = brc_sac.VectorEnv(learner.tasks, args.seed + 42, learner.workers, args.capture_video, goals=learner.goals)
     torch.manual_seed(harness.derived_seed(args.seed, "networks"))

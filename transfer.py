@@ -33,6 +33,7 @@ import dataclasses
 import importlib
 import json
 import math
+import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -153,6 +154,8 @@ def read_facts(checkpoint: str) -> tuple[tuple[str, ...], Path]:
     facts = harness.read_args(Path(checkpoint), Args)[1]
     if "tasks" not in facts:
         raise UsageError(f"{checkpoint} holds the runs of several tasks: give a folder in it.")
+    if facts["ranks"] > 1:
+        raise UsageError(f"{checkpoint} is a run of {facts['ranks']} ranks of torchrun: transfer takes runs of one.")
     program = Path(facts.get("agent", facts["program"]))  # the program of a transferred run is this one
     return tuple(facts["tasks"]), program if program.exists() else Path(__file__).with_name(program.name)
 
@@ -327,7 +330,7 @@ def trial(pretrained: Pretrained, run: harness.Run, agent: Any, name: str, norma
     """
     seed, (task,) = harness.derived_seed(run.args.seed, "trial"), run.args.tasks
     if pretrained.space:
-        envs, how = VectorEnv((task,), run.args.seed, pad_to=pretrained.space), (None,)
+        envs, how = VectorEnv((task,), run.args.seed, pad_to=pretrained.space, goals=run.args.goals), (None,)
     else:  # brc_drq.py
         envs = suites.atari.Games((task,), run.args.max_frames)
         how = agent.task_ids, run.args.eval_epsilon, torch.Generator(agent.device).manual_seed(seed)
@@ -360,10 +363,9 @@ def freeze_all_but_embedding(agent: Any, optimize: Any) -> None:
 
     def update(batch: Any, *noise: Tensor) -> Any:
         sac = (agent.actor, agent.temperature, agent.args.gamma) if hasattr(agent, "actor") else ()  # brc_drq.py: none
-        with agent.autocast:
-            loss, metrics = agent.critic_loss(agent.critic, agent.target, *sac, batch, *noise[:1])
+        loss, metrics = agent.critic_loss(agent.critic, agent.target, *sac, batch, *noise[:1])
         optimize(agent.critic_optimizer, loss)
-        with torch.no_grad(), agent.autocast:
+        with torch.no_grad():
             agent.target.embedding.weight.lerp_(agent.critic.embedding.weight, agent.args.tau)
             if not sac:
                 return metrics
@@ -388,7 +390,7 @@ def keep_better(pretrained: Pretrained, run: harness.Run, agent: Any) -> None:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(path.read_text().splitlines()))
+    return list(csv.DictReader(path.read_text(errors="replace").splitlines()))
 
 
 def outcome(run_dir: Path, env_step: int) -> dict[str, float]:
@@ -403,18 +405,17 @@ def main(args: Args | None = None) -> list[dict[str, float]]:
     args = args or harness.parse_args(*PARSE)
     pretrained, several = load_pretrained(args), bool(args.suite) or len(args.task) > 1
     exp_name = args.exp_name or f"{pretrained.program.stem}-{args.label}"
-    name = args.suite or (f"{len(args.task)}tasks" if several else args.task[0])
-    name = f"{exp_name}-{name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    name = f"{exp_name}-{args.suite or '-'.join(args.task[:3])}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     root = Path(args.resume or args.run_dir or f"runs/{name}")
     folders = {task: root / task if several else root for task in args.task}
     runs = [(folder, learner_args(pretrained, exp_name, task, folder)) for task, folder in folders.items()]
-    go_on = f"python {harness.PROGRAM} {args.method} --resume {root}"
+    go_on = shlex.join(["python", str(harness.PROGRAM), args.method, "--resume", str(root)])
     if not args.resume:
         harness.check_empty(root)
     if several:  # for --resume what a run has for its one task
         print(f"{len(runs)} tasks, one after another; to go on with all of them after a stop: {go_on}", flush=True)
         facts = {"format": harness.FORMAT, "program": str(harness.PROGRAM.resolve()), "go_on": go_on,
-                 harness.PROGRAM.stem: vars(args) | {"resume": None}}
+                 "own": vars(args) | {"resume": None}}
         root.mkdir(parents=True, exist_ok=True)
         harness.write_file(root / "args.json", lambda file: file.write(json.dumps(facts, indent=2).encode()))
     own = {key: value for key, value in vars(args).items() if not hasattr(pretrained.old, key)} | {"suite": None}
@@ -425,7 +426,7 @@ def main(args: Args | None = None) -> list[dict[str, float]]:
         if outcome(folder, one.total_steps):
             print(f"{one.tasks[0]} is finished.")
             continue
-        facts = {harness.PROGRAM.stem: own | {"task": one.tasks}, "agent": str(pretrained.program.resolve())}
+        facts = {"own": own | {"task": one.tasks}, "agent": str(pretrained.program.resolve())}
         for total in (args.spent + args.tune_transitions,) * args.tunes + (one.total_steps,):
             resume = str(folder) if (folder / "args.json").exists() else None
             pretrained.agent.train(dataclasses.replace(one, total_steps=total, resume=resume),

@@ -276,7 +276,7 @@ class VectorEnv:
     Observations are padded with zeros to the longest, O; each environment is given only its own slice of the actions.
     The seed of an environment depends on `seed` and its row alone: trajectories are the same whatever `workers` is.
 
-    tasks: N task names. workers: number of worker processes, 0 steps in this one. render: make `render()` possible,
+    tasks: N task names. workers: number of worker processes, 0 steps in this one, None is by the cores. render: make `render()` possible,
     which steps in this one as well. make: `make(task, seed, render_mode=...)`, instead of `suites.make`; workers import
     it by its name. pad_to: least O and A. rows: the row of each task in the whole run, by default 0 to N - 1, for processes that
     share a run's tasks, and agree: what makes O and A the same in all of them. goals: as for `suites.make`; "frozen" makes every environment with `seed` itself, as the
@@ -289,7 +289,7 @@ class VectorEnv:
         self,
         tasks: Sequence[str],
         seed: int,
-        workers: int = 0,
+        workers: int | None = 0,
         render: bool = False,
         make: Callable[..., gym.Env] | None = None,
         pad_to: tuple[int, int] = (0, 0),
@@ -297,7 +297,8 @@ class VectorEnv:
         goals: str = "fresh",
         agree: Callable[[list[int]], list[int]] = list,
     ):
-        self.tasks, self.num_envs, workers = tuple(tasks), len(tasks), 0 if render else workers
+        self.tasks, self.num_envs = tuple(tasks), len(tasks)
+        workers = 0 if render else default_workers(tasks) if workers is None else workers
         if make is None:
             suites.check(self.tasks)
             if render:
