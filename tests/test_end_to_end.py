@@ -165,7 +165,7 @@ def test_a_copy_of_the_script_in_a_folder_with_spaces_is_a_program_of_its_own(tm
     assert "my_idea-reach-drawer-close-paper,mean" in (folder / "a run/metrics.csv").read_text()
     other = brc("--resume 'a run'", folder)
     assert other.returncode == 2
-    assert other.stderr == f"brc_sac.py: a run is not a run of brc_sac.py: to go on with it, {facts['go_on']}\n"
+    assert other.stderr == f"brc_sac.py: a run is a run of my_idea.py, and this is brc_sac.py: {facts['go_on']}\n"
 
 
 # ---------------------------------------------------------------------------------------------------------- faults
@@ -282,7 +282,7 @@ def test_a_run_goes_on_when_its_terminal_goes_away(toys, tmp_path):
 
 @pytest.mark.parametrize("script", sorted(str(path.relative_to(ROOT)) for folder in ("", "benchmarks", "ablations")
                                           for path in (ROOT / folder).glob("*.py")
-                                          if "__main__" in path.read_text() and "import flax" not in path.read_text()))
+                                          if '__name__ == "__main__"' in path.read_text() and "import flax" not in path.read_text()))
 def test_help_may_be_cut_short(script, tmp_path):
     command = shlex.join([sys.executable, str(ROOT / script), "--help"])
     process = subprocess.run(["bash", "-c", f"{command} | head -1; exit ${{PIPESTATUS[0]}}"], cwd=tmp_path, capture_output=True, text=True, timeout=120,
@@ -307,10 +307,10 @@ def test_help_lists_the_flags_without_importing_torch_or_a_simulator(tmp_path):
 
 BOUNDS = [
     *((name, value, "at least 1") for value in (0, -3) for name in (
-        "width", "total_steps", "eval_interval", "eval_episodes", "log_interval", "checkpoint_interval", "batch_size",
+        "width", "eval_interval", "eval_episodes", "log_interval", "checkpoint_interval", "batch_size",
         "updates_per_step", "learning_starts", "buffer_size", "critic_depth", "actor_depth", "actor_width",
         "embedding_dim")),
-    ("num_atoms", 1, "2"), ("seed", -1, "0"), ("workers", -1, "0"), ("gamma", 1.0, ""), ("gamma", -0.1, "0"),
+    ("total_steps", -3, "at least 0"), ("num_atoms", 1, "2"), ("seed", -1, "0"), ("workers", -1, "0"), ("gamma", 1.0, ""), ("gamma", -0.1, "0"),
     ("gamma", float("nan"), "0"), ("tau", 1.5, "1"), ("tau", -0.5, "0"), ("weight_decay", -1e-4, "0"),
     ("learning_rate", 0.0, ""), ("learning_rate", float("nan"), ""), ("learning_rate", float("inf"), ""),
     ("v_max", -10.0, ""), ("v_max", float("inf"), ""), ("init_temperature", 0.0, ""),
@@ -331,6 +331,7 @@ REFUSED = {
     "--tasks reach Pong": "Pong is an Atari game.*leave the games out, or use brc_drq.py",
     "--suite dmc-dogs --split pretrain": "'dmc-dogs' has no pretrain split",
     "--tasks reach --width -4": "--width is -4",
+    "--tasks reach --total-steps 0": "With --total-steps 0 and --learning-starts 5000 nothing",
     "--tasks reach --total-steps 300 --learning-starts 300": "With --total-steps 300 and --learning-starts 300 nothing",
     "--resume nowhere": "nowhere holds no run",
     "--evaluate nowhere": "nowhere holds no run",
