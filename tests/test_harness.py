@@ -282,7 +282,7 @@ def test_a_run_without_its_replay_can_be_evaluated_and_not_resumed(program):
 
 def test_foreign_files_stay_and_cost_nothing(sac, finished, capsys):
     args = finished(sac)
-    foreign = [run_dir(args) / name for name in ("notes.txt", "checkpoint.pt.tmp~", "checkpoint.new.pt", "old.tmp/x",
+    foreign = [run_dir(args) / name for name in ("notes.txt", "checkpoint.pt.tmp~", "old.tmp/x",
                                                  "replay/mine", "replay/rows.bin.tmp", "lock.tmp", "tensorboard/y/z")]
     for path in foreign:
         path.parent.mkdir(exist_ok=True, parents=True)
@@ -386,7 +386,7 @@ def test_an_old_run_directory_is_refused_in_one_sentence(program, finished):
     del facts["format"]
     (run_dir(args) / "args.json").write_text(json.dumps(facts))
     for arguments in ("--resume run", "--evaluate run"):
-        assert "run was written by another version of this program" in program.refused(arguments)
+        assert "run is of another version of this program" in program.refused(arguments)
     for content in ("", "[]", "{}", "\0\0"):
         (run_dir(args) / "args.json").write_text(content)
         program.refused("--resume run")
@@ -500,7 +500,7 @@ def test_only_the_allocators_errors_become_a_sentence_about_memory(sac, error, t
         brc_sac.Critic.forward = forward
     code = sac.run(f"{SMALL['brc_sac']} --run-dir run", prepare)
     assert code == 1 and ("Traceback" in sac.err) != told and ("in forward" in sac.err) != told
-    assert ("brc_sac.py: Out of memory (" in sac.err.splitlines()[-1]) == told
+    assert ("brc_sac.py: Out of memory: " in sac.err.splitlines()[-1]) == told
 
 
 def test_a_typo_in_the_shapes_shows_its_line(sac):

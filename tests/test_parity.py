@@ -27,7 +27,7 @@ WRONG_NUMBERS = {
 WRONG_FORMULAS = {
     "no weight decay": ("multitask", "weight_decay=args.weight_decay", "weight_decay=0.0"),
     "torch's LayerNorm eps": ("units", "eps=1e-6", "eps=1e-5"),
-    "beta2 of AdamW": ("units", "betas=(0.9, 0.999)", "betas=(0.9, 0.99)"),
+    "beta2 of AdamW": ("units", "betas=(beta1, 0.999)", "betas=(beta1, 0.99)"),
     "discount": ("multitask", "gamma: float = 0.99", "gamma: float = 0.9901"),
     "L1 embedding": ("units", '"l2": 2', '"l2": 1'),
     "minimum over critics, actor": (
