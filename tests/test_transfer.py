@@ -260,6 +260,7 @@ def test_chance_orders_the_candidates_by_seed_and_task(transfers, monkeypatch):
     drawn = {tuple(transfer.draw(tasks, SimpleNamespace(args=SimpleNamespace(seed=seed, tasks=(task,)))))
              for seed in range(2) for task in ("apple", "bell")}
     assert len(drawn) == 4 and all(len(set(rows)) == 3 for rows in drawn)
+    assert any(list(rows) != sorted(rows) for rows in drawn)  # else the first rows would win where all are equal
     set_embedding = transfer.set_embedding
     # Of equals the first that was drawn; else by score, then by return.
     for best, results in ((0, [(0, 0.0)] * 3), (2, [(9, 0.0), (1, 0.5), (2, 0.5)])):
