@@ -130,6 +130,9 @@ def test_runs_of_different_tasks_are_joined_by_name(tmp_path):
     batch = data.sample(30_000)
     assert np.abs(np.bincount(batch.task_id) / 30_000 - 1 / 3).max() < 0.02  # tasks, not transitions, are even
     assert len(set(batch.reward.tolist())) == 400
+    stored = {row[2].item(): row for task in range(3) for row in zip(*transitions(data, task))}
+    for i, reward in enumerate(batch.reward[:1000].tolist()):
+        assert torch.equal(batch.obs[i], stored[reward][0]) and torch.equal(batch.next_obs[i], stored[reward][4])
 
 
 def test_return_scales_are_those_of_whole_episodes(tmp_path):
