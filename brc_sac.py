@@ -600,12 +600,12 @@ class Agent:
             self.actor = Actor(args, obs_dim, act_dim, num_embeddings)
             self.log_temperature = nn.Parameter(torch.tensor(args.init_temperature).log())
             self.task_ids = torch.arange(num_tasks)
+        self.target_and_critic = list(self.target.parameters()), list(self.critic.parameters())
         self.critic_optimizer = make_adamw(self.critic.parameters(), args)
         self.actor_optimizer = make_adamw(self.actor.parameters(), args)
         self.temperature_optimizer = make_temperature_adam(self.log_temperature, args)
         # With the critics' bf16 and the graph in `train` all that makes an update fast; eager float32 is the same code.
-        fast = self.device.type == "cuda" and args.precision != "fp32"
-        torch.set_float32_matmul_precision("high" if fast else "highest")
+        torch.set_float32_matmul_precision("high" if self.device.type == "cuda" and args.precision != "fp32" else "highest")
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         self.critic_loss, self.actor_loss = (devices.compiled(loss) if args.compile else loss
                                              for loss in (critic_loss, actor_loss))
@@ -631,7 +631,7 @@ class Agent:
         optimize(self.critic_optimizer, loss, self.share)
         # 4: target <- tau critic + (1 - tau) target
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.target.parameters()), list(self.critic.parameters()), self.args.tau)
+            torch._foreach_lerp_(*self.target_and_critic, self.args.tau)
         # 5: actor step through the new critic
         self.critic.requires_grad_(False)  # its weight gradients would be a seventh of all the work
         loss, log_prob, actor_metrics = self.actor_loss(self.critic, self.actor, temperature, batch, noise)
