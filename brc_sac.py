@@ -605,7 +605,8 @@ class Agent:
         self.actor_optimizer = make_adamw(self.actor.parameters(), args)
         self.temperature_optimizer = make_temperature_adam(self.log_temperature, args)
         # With the critics' bf16 and the graph in `train` all that makes an update fast; eager float32 is the same code.
-        torch.set_float32_matmul_precision("high" if self.device.type == "cuda" and args.precision != "fp32" else "highest")
+        slow = args.precision == "fp32" or str(device) == "cpu"
+        torch.set_float32_matmul_precision("highest" if slow else "high")
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         self.critic_loss, self.actor_loss = (devices.compiled(loss) if args.compile else loss
                                              for loss in (critic_loss, actor_loss))
@@ -815,8 +816,7 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
                 action = agent.act(devices.send(obs, device), noise)
             # a pretrained critic would unlearn from the rewards of 0 before the first episode has given a return scale
             learning = env_step >= args.learning_starts and not (start.acts and np.isinf(normalizer.return_max).any())
-            # from host memory while the device is still busy with the updates before
-            batch = [sample()] if learning and args.overlap and device != replay_device else []
+            batch = [sample()] if learning and args.overlap and device != replay_device else []  # the device is busy yet
             action = action.cpu().numpy()  # waits for the device: the simulators need the actions
             run.check_finite({"action": action}, env_step)
             # step, and update while the simulators work: the newest transition is sampled a step later
