@@ -816,7 +816,7 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
                 action = agent.act(devices.send(obs, device), noise)
             # a pretrained critic would unlearn from the rewards of 0 before the first episode has given a return scale
             learning = env_step >= args.learning_starts and not (start.acts and np.isinf(normalizer.return_max).any())
-            batch = [sample()] if learning and args.overlap and device != replay_device else []  # the device is busy yet
+            batch = [sample()] if learning and args.overlap and device != replay_device else []  # the device is busy
             action = action.cpu().numpy()  # waits for the device: the simulators need the actions
             run.check_finite({"action": action}, env_step)
             # step, and update while the simulators work: the newest transition is sampled a step later
