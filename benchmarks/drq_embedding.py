@@ -58,4 +58,4 @@ def main(tasks: tuple[str, ...] = ("Pong", "Breakout", "Freeway"), updates: int 
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    brc_drq.harness.exit_on_error(lambda: tyro.cli(main))
