@@ -1,5 +1,6 @@
 """What makes updates fast changes no number: compilation, its failures, and CUDA graphs, which only a GPU can show."""
 
+import os
 import subprocess
 import sys
 import weakref
@@ -167,7 +168,7 @@ def test_an_update_that_waits_cannot_be_captured_and_shows_its_line():
               "graph = devices.as_cuda_graph(waiting); "
               "[graph() for _ in range(4)]")
     process = subprocess.run([sys.executable, "-c", script], cwd=ROOT / "tests", capture_output=True, text=True,
-                             env={**brc_sac.os.environ, "PYTHONPATH": str(ROOT)}, timeout=300)
+                             env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}, timeout=300)
     assert process.returncode == 1 and "value.item()" in process.stderr and "capturing" in process.stderr
 
 
