@@ -82,7 +82,7 @@ class Args:
     capture_video: bool = False
     """Record the first evaluation episode of every task as a GIF, in <run dir>/videos and in TensorBoard."""
     eval_interval: int | None = None
-    """Environment steps per task between evaluations; default a twentieth of the run."""
+    """Environment steps per task between evaluations; default 25,000 (release), in a short run a twentieth of it."""
     eval_episodes: int = 10
     """Evaluation episodes per task."""
     log_interval: int = 500
@@ -168,7 +168,7 @@ def resolve(args: Args) -> Args:
         "goals": {"paper": "fresh", "release": "frozen"}[args.variant],
     } | (DEMO if args.suite == "demo" and not args.tasks else {})
     args = harness.fill(dataclasses.replace(args, tasks=tasks), **defaults)
-    args = harness.fill(args, eval_interval=max(1, args.total_steps // 20))
+    args = harness.fill(args, eval_interval=min(25_000, max(1, args.total_steps // 20)))
     args = harness.fill(args, checkpoint_interval=args.eval_interval)
     harness.check_range(args, 1, math.inf, "width", "eval_interval", "eval_episodes", "log_interval",
                         "checkpoint_interval", "updates_per_step", "batch_size", "learning_starts", "buffer_size",

@@ -77,7 +77,7 @@ class Args:
     total_steps: int | None = None  # environment steps on each new task; default its suite's in the paper
     learning_starts: int | None = None  # steps before the first update, a trial's included; default 5000, Atari 1600
     batch_size: int | None = None  # transitions per update; default the agent's for one task
-    eval_interval: int | None = None  # environment steps between evaluations; default a twentieth of the run
+    eval_interval: int | None = None  # environment steps between evaluations; default as brc_sac.py's
     log_interval: int = 500  # environment steps between TensorBoard scalars
     checkpoint_interval: int | None = None  # environment steps between checkpoints; default every evaluation
     save_replay: bool = True  # keep the replay in the checkpoints; without it a run cannot be resumed

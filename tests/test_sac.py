@@ -824,7 +824,8 @@ def test_means_over_tasks_and_the_table():
                       embedding_norm="l1")),
         (dict(tasks=("ball_in_cup-catch",), variant="release"),
          dict(width=4096, batch_size=256, exp_name="brc_sac-ball_in_cup-catch-release", embedding_norm="l2")),
-        (dict(tasks=("h1-walk", "reach")), dict(batch_size=1024, total_steps=1_000_000)),  # the longest of the budgets
+        (dict(tasks=("h1-walk", "reach")),  # the longest of the budgets
+         dict(batch_size=1024, total_steps=1_000_000, eval_interval=25_000)),
         (dict(split="pretrain"), dict(exp_name="brc_sac-mw-pretrain-paper", tasks=suites.SUITES["mw"].pretrain)),
         (dict(suite="demo"), dict(tasks=suites.SUITES["demo"].tasks, width=128, batch_size=256, learning_starts=1000)),
         (dict(suite="demo", width=64, batch_size=32), dict(width=64, batch_size=32)),
