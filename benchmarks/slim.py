@@ -1,0 +1,55 @@
+"""A run's last networks as a small run directory, to be evaluated or transferred: no replay, no optimisers' moments.
+
+    python benchmarks/slim.py runs/pretrained pretrained/metaworld7
+
+The target is the critic here (one copy in the file), the optimisers are as new. `--evaluate` and transfer.py (model and
+embedding) take the result; --resume and transfer.py data, which need the replay, say that they cannot.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import harness  # noqa: E402
+
+# Of args.json, what speaks of the machine that made the run.
+ELSEWHERE = ("go_on", "run_id", "resumed")
+
+
+@dataclass(frozen=True)
+class Args:
+    run: tyro.conf.Positional[Path]
+    """Run directory with a checkpoint."""
+    out: tyro.conf.Positional[Path]
+    """Where to write: a directory that is new or empty."""
+
+
+def slim(state: dict) -> dict:
+    """The checkpoint without what only training needs."""
+    agent = dict(state["agent"], target=state["agent"]["critic"])
+    for name, part in agent.items():
+        if name.endswith("optimizer"):
+            agent[name] = dict(part, state={})
+    return state | {"agent": agent, "buffer": {}, "replay": {}, "random": {}}
+
+
+def main(args: Args | None = None) -> None:
+    args = args or tyro.cli(Args, description=__doc__.split("\n\n")[0])
+    facts = json.loads((args.run / "args.json").read_text()) if (args.run / "args.json").exists() else {}
+    state = harness.read_checkpoint(args.run)
+    harness.check_empty(args.out)
+    args.out.mkdir(parents=True, exist_ok=True)
+    facts = {name: value for name, value in facts.items() if name not in ELSEWHERE}
+    facts |= {"program": Path(facts["program"]).name, "run_dir": str(args.out), "env_step": state["env_step"]}
+    (args.out / "args.json").write_text(json.dumps(facts, indent=2) + "\n")
+    torch.save(slim(state), args.out / "checkpoint.pt")
+    print(f"{args.out}: step {state['env_step']:,}, {(args.out / 'checkpoint.pt').stat().st_size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    harness.exit_on_error(main)
