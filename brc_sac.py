@@ -83,8 +83,8 @@ class Args:
     """Record the first evaluation episode of every task as a GIF, in <run dir>/videos and in TensorBoard."""
     eval_interval: int | None = None
     """Environment steps per task between evaluations; default 25,000 (release), in a short run a twentieth of it."""
-    eval_episodes: int = 10
-    """Evaluation episodes per task."""
+    eval_episodes: int | None = None
+    """Evaluation episodes per task; default 10, demo 5."""
     log_interval: int = 500
     """Environment steps per task between TensorBoard scalars."""
     checkpoint_interval: int | None = None
@@ -111,8 +111,8 @@ class Args:
     """Critic width H in units; default 4096 (paper), for the demo 128."""
     critic_depth: int = 2
     """Residual blocks of each critic (paper)."""
-    actor_width: int = 256
-    """Actor width in units (paper)."""
+    actor_width: int | None = None
+    """Actor width in units; default 256 (paper), for the demo 128."""
     actor_depth: int = 1
     """Residual blocks of the actor (paper)."""
     embedding_dim: int = 32
@@ -126,25 +126,26 @@ class Args:
     updates_per_step: int = 2
     """Gradient updates per environment step of all tasks in parallel (paper)."""
     batch_size: int | None = None
-    """Transitions per update over all tasks; default 1024 multi-task, 256 single-task (paper), demo 256."""
+    """Transitions per update over all tasks; default 1024 multi-task, 256 single-task (paper), demo 128."""
     learning_starts: int | None = None
     """Random environment steps per task before the first update; default 5000 (release), demo 1000."""
     buffer_size: int = 1_000_000
     """Replay capacity in transitions per task (paper)."""
-    learning_rate: float = 3e-4
-    """AdamW step size of critic and actor, Adam's of the temperature (paper)."""
+    learning_rate: float | None = None
+    """AdamW step size of critic and actor, Adam's of the temperature; default 3e-4 (paper), demo 6e-4."""
     weight_decay: float = 1e-4
     """Decoupled, on every parameter of critic and actor: biases, LayerNorm and embedding too (release)."""
     gamma: float = 0.99
     """Discount per environment step (paper)."""
     tau: float = 0.005
     """Polyak coefficient of the target critics, every update (paper)."""
-    init_temperature: float = 0.1
-    """Initial entropy temperature alpha (paper, Table 3)."""
+    init_temperature: float | None = None
+    """Initial entropy temperature alpha; default 0.1 (paper, Table 3), demo 0.01."""
 
 
 # What a laptop's CPU can do in minutes; measured in benchmarks/README.md.
-DEMO = dict(width=128, batch_size=256, learning_starts=1000, eval_interval=2_000)
+DEMO = dict(width=128, actor_width=128, batch_size=128, learning_starts=1000, learning_rate=6e-4, init_temperature=0.01,
+            eval_interval=1000, eval_episodes=5)
 
 
 def resolve(args: Args) -> Args:
@@ -161,7 +162,8 @@ def resolve(args: Args) -> Args:
     if args.tasks:
         label = "-".join(tasks) if len(tasks) <= 3 else f"{len(tasks)}tasks"
     defaults = {
-        "width": 4096, "batch_size": 1024 if len(tasks) > 1 else 256, "learning_starts": 5000,
+        "width": 4096, "actor_width": 256, "batch_size": 1024 if len(tasks) > 1 else 256, "learning_starts": 5000,
+        "learning_rate": 3e-4, "init_temperature": 0.1, "eval_episodes": 10,
         "total_steps": suites.steps(tasks) if args.tasks else suites.SUITES[args.suite].steps,
         "exp_name": f"{harness.PROGRAM.stem}-{label}-{args.variant}",
         "embedding_norm": {"paper": "l1", "release": "l2"}[args.variant],
