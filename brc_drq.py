@@ -33,6 +33,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 import harness
+import progress
 import suites
 from harness import UsageError
 from suites.atari import Games
@@ -653,9 +654,9 @@ def evaluate(agent: Agent, envs: Games, episodes: int, seed: int, video: bool = 
     episode_return = np.zeros(envs.num_envs)
     frames: list[list[np.ndarray]] = [[] for _ in range(agent.num_tasks)]
     generator = torch.Generator(agent.device).manual_seed(seed)
-    step, rows = 0, np.flatnonzero(left)  # of the environments that still play
+    rows = np.flatnonzero(left)  # of the environments that still play
     obs = envs.reset(seed=seed)[rows]
-    while len(rows):
+    for step in progress.steps_of_evaluation(ended, episodes):
         if stop():
             return [], []
         if video and step % suites.VIDEO_STRIDE == 0:
@@ -669,7 +670,7 @@ def evaluate(agent: Agent, envs: Games, episodes: int, seed: int, video: bool = 
             ended[row // copies].append((float(episode_return[row]), math.nan))
             episode_return[row] = 0.0
             left[row] -= 1
-        rows, obs, step = rows[left[rows] > 0], result.obs[left[rows] > 0], step + 1
+        rows, obs = rows[left[rows] > 0], result.obs[left[rows] > 0]
     return [suites.mean_episode(task, of_task) for task, of_task in zip(agent.args.tasks, ended, strict=True)], frames
 
 
@@ -769,7 +770,7 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
             normalizer.observe(reward, result.terminated | result.life_lost, result.truncated, last_value)
             obs = result.obs
             # log
-            run.bar.update()
+            run.bar.step(learning)
             if env_step % args.log_interval == 0 and metrics:
                 run.check_finite(metrics, env_step)
                 scales = zip(args.tasks, normalizer.denominator().tolist())  # waits for the device

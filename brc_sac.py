@@ -28,7 +28,6 @@ Shapes: B batch, E ensemble, K atoms, N tasks, O observation, A action, H width.
 
 import copy
 import dataclasses
-import itertools
 import math
 import os
 import shutil
@@ -41,6 +40,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 import harness
+import progress
 import suites
 from harness import UsageError
 from suites.vector import EnvError, VectorEnv
@@ -691,9 +691,7 @@ def evaluate(agent: Agent, envs: VectorEnv, episodes: int, seed: int, video: boo
     episode_return, episode_success = np.zeros(envs.num_envs), np.full(envs.num_envs, np.nan)
     frames: list[list[np.ndarray]] = [[] for _ in envs.tasks]
     obs = envs.reset(seed=seed)
-    for step in itertools.count():
-        if all(len(of_task) == episodes for of_task in ended):
-            break
+    for step in progress.steps_of_evaluation(ended, episodes):
         if stop():
             return [], []
         if video and step % suites.VIDEO_STRIDE == 0 and not all(ended):
@@ -833,7 +831,7 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
             if learning and not args.overlap:
                 metrics = updates()
             # log
-            run.bar.update()
+            run.bar.step(learning)
             if env_step % args.log_interval == 0 and metrics:
                 run.check_finite(metrics, env_step)
                 scales = zip(tasks, normalizer.denominator(agent.temperature).tolist())  # waits for the device

@@ -11,7 +11,6 @@ import csv
 import dataclasses
 import fcntl
 import functools
-import io
 import json
 import os
 import re
@@ -32,6 +31,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+import progress
 import suites
 from suites.base import UsageError
 from suites.vector import EnvError
@@ -44,25 +44,9 @@ class RunError(RuntimeError):
     """A run that cannot go on; its message says why and what is left of it."""
 
 
-class Unfailing(io.FileIO):
-    """A standard stream that ends no run: what a full disk, a closed pipe or a lost terminal refuses is dropped."""
-
-    def write(self, data: bytes) -> int:
-        try:
-            return super().write(data)
-        except OSError:
-            return len(data)
-
-
 def exit_on_error(function: Callable, *args: Any) -> Any:
     """Runs `function`. Bad input ends the program with its one sentence and exit code 2, a failed run with 1."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:  # closed before the program began
-            setattr(sys, name, open(os.devnull, "w"))
-        elif isinstance(stream, io.TextIOWrapper) and not isinstance(stream.buffer, Unfailing):
-            raw = Unfailing(stream.fileno(), "w", closefd=False)
-            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, "backslashreplace", write_through=True))
+    progress.make_streams_unfailing()
     try:
         return function(*args)
     except (UsageError, RunError, EnvError) as error:
@@ -213,8 +197,7 @@ class Run:
             wandb.init(project=os.environ.get("WANDB_PROJECT", "brc"), name=self.dir.name, id=run_id, resume="allow",
                        config=dataclasses.asdict(self.args), dir=str(self.dir), sync_tensorboard=True)
         print(f"{self.args.exp_name} in {self.dir}", flush=True)
-        self.bar = tqdm(total=self.args.total_steps, initial=self.saved_step or 0, unit="step", dynamic_ncols=True,
-                        miniters=1, mininterval=0.5 if sys.stderr.isatty() else 15, disable=self.rank > 0)
+        self.bar = progress.Bar(self.args.total_steps, self.saved_step or 0, shown=self.rank == 0)
         if not self.rank:
             with survives("metrics.csv"):
                 self._read_csv()
@@ -302,6 +285,7 @@ class Run:
                                                global_step=env_step)
         tqdm.write(f"step {env_step:>9,}: " + ", ".join(f"mean {name} {value:.3f}" for name, value in means.items()))
         self.bar.set_postfix(score=f"{means['score']:.3f}", refresh=False)
+        self.bar.resume()
 
     def log(self, scalars: dict[str, float], env_step: int) -> None:
         """Scalars, and the bar's own speed, for TensorBoard."""
@@ -332,6 +316,7 @@ class Run:
                     os.replace(self.dir / "checkpoint.pt", self.dir / "checkpoint.previous.pt")
                 os.replace(self.dir / "checkpoint.new.pt", self.dir / "checkpoint.pt")
                 self.saved_step, self.state = env_step, {"replay": replay}
+        self.bar.resume()
 
     def check_finite(self, values: dict, env_step: int) -> None:
         """Raises RunError if one of the tensors or arrays is not finite. Waits for the device."""
@@ -350,14 +335,16 @@ class Run:
             self.lock.close()
 
     def finish(self, env_step: int, results: list[dict]) -> None:
-        """The table of the last evaluation; after a signal, what is saved, and the exit code that says so."""
+        """Table and curves of the evaluations; after a signal, what is saved, and the exit code that says so."""
         last = f"Last checkpoint: {'none' if self.saved_step is None else f'step {self.saved_step:,}'}"
+        if results and not self.stop:
+            print(suites.table(self.args.tasks, results))
+        if self.evaluated:
+            print(f"Curves: {self.dir / 'metrics.csv'}; to draw them: {progress.drawing(self.dir)}")
         if self.stop:
             print(f"Stopped by {signal.Signals(self.stop).name} at step {env_step:,}. {last}. To go on: {self.go_on}",
                   file=sys.stderr)
             raise SystemExit(128 + self.stop)
-        if results:
-            print(suites.table(self.args.tasks, results))
         if self.saved_step != env_step:
             raise RunError(f"The checkpoint of step {env_step:,} could not be written to {self.dir}. {last}.")
 

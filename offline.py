@@ -272,7 +272,7 @@ def train(args: Args) -> list[dict]:
                 break
             metrics = updates()
             step += 1
-            run.bar.update()
+            run.bar.step()
             if step % args.log_interval == 0:
                 run.check_finite(metrics, step)
                 scales = zip(learner.tasks, normalizer.denominator(agent.temperature).tolist())  # waits for the device
