@@ -1,5 +1,6 @@
 """What a run shows: standard streams that end no run, its bar, how far an evaluation is, and how to draw its curves."""
 
+import contextlib
 import io
 import itertools
 import math
@@ -8,7 +9,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -35,12 +36,22 @@ def make_streams_unfailing() -> None:
             setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, "backslashreplace", write_through=True))
 
 
+@contextlib.contextmanager
+def survives(what: str, then: Callable[[], object] = bool) -> Iterator[None]:
+    """A disk that fails costs what was to be written, never the run; `then` is called."""
+    try:
+        yield
+    except OSError as error:
+        tqdm.write(f"{what} cannot be written ({error}); the run goes on, and tries again.", file=sys.stderr)
+        then()
+
+
 def seconds_between_lines(in_a_file: float) -> float:
     return 0.5 if sys.stderr.isatty() else in_a_file
 
 
 class Bar(tqdm):
-    """The bar of a run's steps: its speed is that of the last half minute's steps of the kind that goes on, and no mean.
+    """The bar of a run's steps: its speed is that of the last half minute, of steps of the kind that goes on.
 
     Random steps are many times as fast as those that learn, and the first of these compiles for half a minute: neither
     says how long the run will take. Evaluations and checkpoints do not count for the speed; for the time left they do,
