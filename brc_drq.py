@@ -33,6 +33,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 import harness
+import progress
 import suites
 from harness import UsageError
 from suites.atari import Games
@@ -86,6 +87,8 @@ class Args:
     """cpu, cuda or cuda:N; auto takes a GPU if there is one."""
     replay_device: str | None = None
     """Device of the replay buffer; default the training device if its free memory is enough, else cpu."""
+    threads: int | None = None
+    """Threads of torch on a CPU; default OMP_NUM_THREADS, or as many as make steps fastest, tried while it trains."""
     precision: Literal["tf32", "bf16", "fp32"] = "tf32"
     """Of convolutions and matrix products; all else is float32. tf32 is of NVIDIA GPUs, and float32 elsewhere."""
     compile: bool = False
@@ -160,7 +163,7 @@ def resolve(args: Args) -> Args:
     harness.check_range(args, 0, math.inf, "total_steps")  # none for a zero-shot transfer
     harness.check_range(args, 1, math.inf, "eval_interval", "eval_episodes", "final_eval_episodes",
                         "log_interval", "checkpoint_interval", "updates_per_step", "batch_size", "n_step",
-                        "hidden_width", "embedding_dim", "epsilon_decay_steps", "max_frames")
+                        "hidden_width", "embedding_dim", "epsilon_decay_steps", "max_frames", "threads")
     # An n-step return is complete n steps later, so there is nothing to learn from before.
     harness.check_range(args, args.n_step, math.inf, "learning_starts", "buffer_size")
     harness.check_range(args, 0, math.inf, "seed", "weight_decay")
@@ -653,9 +656,9 @@ def evaluate(agent: Agent, envs: Games, episodes: int, seed: int, video: bool = 
     episode_return = np.zeros(envs.num_envs)
     frames: list[list[np.ndarray]] = [[] for _ in range(agent.num_tasks)]
     generator = torch.Generator(agent.device).manual_seed(seed)
-    step, rows = 0, np.flatnonzero(left)  # of the environments that still play
+    rows = np.flatnonzero(left)  # of the environments that still play
     obs = envs.reset(seed=seed)[rows]
-    while len(rows):
+    for step in progress.steps_of_evaluation(ended, episodes):
         if stop():
             return [], []
         if video and step % suites.VIDEO_STRIDE == 0:
@@ -669,7 +672,7 @@ def evaluate(agent: Agent, envs: Games, episodes: int, seed: int, video: bool = 
             ended[row // copies].append((float(episode_return[row]), math.nan))
             episode_return[row] = 0.0
             left[row] -= 1
-        rows, obs, step = rows[left[rows] > 0], result.obs[left[rows] > 0], step + 1
+        rows, obs = rows[left[rows] > 0], result.obs[left[rows] > 0]
     return [suites.mean_episode(task, of_task) for task, of_task in zip(agent.args.tasks, ended, strict=True)], frames
 
 
@@ -705,8 +708,7 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
     print(f"{num_tasks} games, {args.total_steps:,} steps each; encoder scale {args.encoder_scale:g}, updates per step "
           f"{args.updates_per_step}, batch {args.batch_size}, evaluation episodes {args.eval_episodes}, at last "
           f"{args.final_eval_episodes}{' (--small)' * args.small}\n"
-          f"{device}, {torch.get_num_threads()} threads, {agent}; replay {buffer.nbytes / 1e9:.2f} GB when full, on "
-          f"{buffer.device}", flush=True)
+          f"{device}, {agent}; replay {buffer.nbytes / 1e9:.2f} GB when full, on {buffer.device}", flush=True)
     if device.type == "cpu" and args.encoder_scale > 0.25:
         print("A size for a GPU; in minutes on a CPU: --tasks Pong Breakout --small --total-steps 3000", flush=True)
     run.open(buffer)
@@ -769,7 +771,7 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
             normalizer.observe(reward, result.terminated | result.life_lost, result.truncated, last_value)
             obs = result.obs
             # log
-            run.bar.update()
+            run.step(learning)
             if env_step % args.log_interval == 0 and metrics:
                 run.check_finite(metrics, env_step)
                 scales = zip(args.tasks, normalizer.denominator().tolist())  # waits for the device
@@ -823,7 +825,7 @@ def evaluate_run(args: Args) -> list[dict]:
     """--evaluate: prints the table of tasks for a run's last checkpoint, with or without its replay."""
     saved, run_dir = harness.read_checkpoint(Path(args.evaluate)), Path(args.evaluate)
     args = dataclasses.replace(args, compile=False)
-    agent = Agent(args, *saved["agent"]["sizes"], devices.choose_device(args.device))
+    agent = Agent(args, *saved["agent"]["sizes"], devices.choose_device(args.device, args.threads))
     agent.load_state_dict(saved["agent"])
     envs = make_envs(args, evaluation=True)
     seed = harness.derived_seed(args.seed, "evaluation", saved["env_step"])
@@ -831,7 +833,7 @@ def evaluate_run(args: Args) -> list[dict]:
     envs.close()
     print(f"{args.exp_name} at step {saved['env_step']:,}, {args.eval_episodes} episodes per task")
     print(suites.table(args.tasks, results))
-    with harness.survives("The videos"):
+    with progress.survives("The videos"):
         list(suites.write_videos(args.tasks, frames, run_dir, saved["env_step"]))
     return results
 

@@ -28,7 +28,6 @@ Shapes: B batch, E ensemble, K atoms, N tasks, O observation, A action, H width.
 
 import copy
 import dataclasses
-import itertools
 import math
 import os
 import shutil
@@ -41,6 +40,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 import harness
+import progress
 import suites
 from harness import UsageError
 from suites.vector import EnvError, VectorEnv
@@ -96,6 +96,8 @@ class Args:
     """cpu, cuda or cuda:N; auto takes a GPU if there is one."""
     replay_device: str | None = None
     """Device of the replay buffer; default the training device."""
+    threads: int | None = None
+    """Threads of torch on a CPU; default OMP_NUM_THREADS, or as many as make steps fastest, tried while it trains."""
     precision: Literal["tf32", "bf16", "fp32"] = "tf32"
     """Of matrix products: bf16 in the critics' bodies only, tf32 on NVIDIA GPUs only; all else is float32."""
     compile: bool = True
@@ -174,7 +176,7 @@ def resolve(args: Args) -> Args:
     args = harness.fill(args, checkpoint_interval=args.eval_interval)
     harness.check_range(args, 1, math.inf, "width", "eval_interval", "eval_episodes", "log_interval",
                         "checkpoint_interval", "updates_per_step", "batch_size", "learning_starts", "buffer_size",
-                        "critic_depth", "actor_depth", "actor_width", "embedding_dim")
+                        "critic_depth", "actor_depth", "actor_width", "embedding_dim", "threads")
     harness.check_range(args, 0, math.inf, "seed", "workers", "weight_decay", "total_steps")  # 0: to evaluate alone
     harness.check_range(args, 2, math.inf, "num_atoms")
     harness.check_range(args, 1e-12, 1e6, "learning_rate", "v_max", "init_temperature")
@@ -693,9 +695,7 @@ def evaluate(agent: Agent, envs: VectorEnv, episodes: int, seed: int, video: boo
     episode_return, episode_success = np.zeros(envs.num_envs), np.full(envs.num_envs, np.nan)
     frames: list[list[np.ndarray]] = [[] for _ in envs.tasks]
     obs = envs.reset(seed=seed)
-    for step in itertools.count():
-        if all(len(of_task) == episodes for of_task in ended):
-            break
+    for step in progress.steps_of_evaluation(ended, episodes):
         if stop():
             return [], []
         if video and step % suites.VIDEO_STRIDE == 0 and not all(ended):
@@ -753,8 +753,7 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
     capacity = min(args.buffer_size, args.total_steps)
     buffer = ReplayBuffer(len(tasks), envs.obs_dim, envs.act_dim, capacity, replay_device)
     print(f"{num_tasks} tasks, obs {envs.obs_dim}, act {envs.act_dim}, {args.total_steps:,} steps each\n"
-          f"{device}, {torch.get_num_threads()} threads, {agent}; replay {buffer.nbytes / 1e9:.2f} GB when full, on "
-          f"{replay_device}", flush=True)
+          f"{device}, {agent}; replay {buffer.nbytes / 1e9:.2f} GB when full, on {replay_device}", flush=True)
     if device.type == "cpu" and args.width > 1024:
         print("This is a size for a GPU. For results in minutes on a CPU: --suite demo", flush=True)
     run.open(buffer)
@@ -835,7 +834,7 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
             if learning and not args.overlap:
                 metrics = updates()
             # log
-            run.bar.update()
+            run.step(learning)
             if env_step % args.log_interval == 0 and metrics:
                 run.check_finite(metrics, env_step)
                 scales = zip(tasks, normalizer.denominator(agent.temperature).tolist())  # waits for the device
@@ -878,7 +877,7 @@ def evaluate_run(args: Args) -> list[dict]:
     """--evaluate: prints the table of tasks for a run's last checkpoint, with or without its replay."""
     saved, run_dir = harness.read_checkpoint(Path(args.evaluate)), Path(args.evaluate)
     args = dataclasses.replace(args, compile=False)
-    agent = Agent(args, *saved["agent"]["sizes"], devices.choose_device(args.device))
+    agent = Agent(args, *saved["agent"]["sizes"], devices.choose_device(args.device, args.threads))
     agent.load_state_dict(saved["agent"])
     envs = VectorEnv(args.tasks, args.seed + 42, args.workers, args.capture_video, pad_to=agent.sizes[:2],
                      goals=args.goals)
@@ -887,7 +886,7 @@ def evaluate_run(args: Args) -> list[dict]:
     envs.close()
     print(f"{args.exp_name} at step {saved['env_step']:,}, {args.eval_episodes} episodes per task")
     print(suites.table(args.tasks, results))
-    with harness.survives("The videos"):
+    with progress.survives("The videos"):
         list(suites.write_videos(args.tasks, frames, run_dir, saved["env_step"]))
     return results
 

@@ -1,9 +1,13 @@
-"""Where a run computes: devices, compilation, CUDA graphs, and the ranks of torchrun."""
+"""Where a run computes: devices, threads, compilation, CUDA graphs, and the ranks of torchrun."""
 
 import atexit
+import collections
+import itertools
+import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Collection, Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,13 +15,18 @@ import torch
 import torch.distributed as dist
 
 from suites.base import UsageError
+from suites.cores import num_cores
+
+ALL_THREADS = torch.get_num_threads()  # as torch has them, before anything is chosen
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, threads: int | None = None) -> torch.device:
     """The device called `name`, made the current one; auto is a GPU, under torchrun the rank's own, if there is one.
 
-    Raises UsageError if this machine does not have it.
+    threads: --threads; torch keeps its own number without. Raises UsageError if this machine has no such device.
     """
+    if threads:
+        torch.set_num_threads(threads)
     if name == "auto":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
@@ -32,6 +41,83 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+class Threads:
+    """With how many threads torch computes on a CPU: as many as make real steps fastest, beside whatever else runs.
+
+    An update is hundreds of operations, after each of which the threads wait for the last one. While one of them is
+    kept from its core, by a worker that steps environments or by another program, all wait; fewer are faster then, and
+    for small networks always. So a few steps are made with half and with twice as many, and the fastest number stays:
+    at the start, when a step takes longer than it did, and every 1000 steps while there are cores left that may have
+    become free. What --threads or OMP_NUM_THREADS gave stays, and so does what torch has beside a GPU.
+    """
+
+    WORTH = 0.95  # a number is taken if its steps take less than this share of the time
+    SLOWER = 1.3  # times as long a step: something has changed
+    EVERY = 1000  # steps
+
+    def __init__(self, given: int | None, device: str, before: int | None = None):
+        """given: --threads. device: --device. before: the number in the checkpoint of a run that goes on."""
+        self.chosen = not given and not os.environ.get("OMP_NUM_THREADS") and choose_device(device).type == "cpu"
+        self.most = min(ALL_THREADS, num_cores()) if self.chosen else given or ALL_THREADS
+        self.number = min(before or self.most, self.most) if self.chosen else self.most
+        torch.set_num_threads(self.number)
+        self.report, self.last = "", None
+        self.steps = self._steps(tries=before is None)
+        next(self.steps)
+
+    def __str__(self) -> str:
+        choice = f"then as many of {self.most} as make steps fastest" if self.chosen else "as given"
+        return f"threads: {self.number}, {choice}"
+
+    def step(self) -> str:
+        """After every step with updates: sets the number for the next one. Returns in words what was chosen, or ""."""
+        now, before, self.report = time.perf_counter(), self.last, ""
+        self.last = now
+        if self.chosen and self.most > 1 and before is not None:  # the first one compiles
+            self.steps.send(now - before)
+        return self.report
+
+    def _steps(self, tries: bool) -> Generator[None, float, None]:
+        """Is sent the seconds of every step."""
+        best, told = (yield from self._time(self.number)), None
+        while True:
+            tried = {self.number: best}
+            for neighbor in (lambda number: max(1, number // 2), lambda number: min(self.most, 2 * number)) * tries:
+                while (other := neighbor(self.number)) not in tried:
+                    tried[other] = yield from self._time(other, 2 * tried[self.number])
+                    if tried[other] > self.WORTH * tried[self.number]:
+                        break
+                    self.number = other
+            torch.set_num_threads(self.number)
+            best, tries = tried[self.number], True
+            if self.number != told and len(tried) > 1:
+                times = (f"{1e3 * seconds:.0f} ms with {number}" for number, seconds in sorted(tried.items()))
+                self.report, told = f"threads: {self.number}; a step takes {', '.join(times)}", self.number
+            recent: collections.deque[float] = collections.deque(maxlen=20)
+            for count in itertools.count(1):
+                recent.append((yield))
+                now = mean_but_longest(recent) if count >= 20 else best
+                if count % self.EVERY == 0 and self.number < self.most or now > self.SLOWER * best:
+                    break
+                best = min(best, now)
+            best = yield from self._time(self.number)
+
+    @staticmethod
+    def _time(number: int, most: float = math.inf) -> Generator[None, float, float]:
+        """Seconds of a step with that many threads: of eight, or of two that both take more than `most`."""
+        torch.set_num_threads(number)
+        yield  # the first one also wakes the threads up
+        seconds: list[float] = []
+        while len(seconds) < 8 and not (len(seconds) == 2 and min(seconds) > most):
+            seconds.append((yield))
+        return mean_but_longest(seconds)
+
+
+def mean_but_longest(seconds: Collection[float]) -> float:
+    """Without the step after which there was an evaluation. No median: beside other work, times are of two kinds."""
+    return (sum(seconds) - max(seconds)) / (len(seconds) - 1)
+
+
 def send(values: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
     """`values` on `device`, without waiting for it: a GPU copies from pinned memory while it computes."""
     values = torch.as_tensor(values)
@@ -40,13 +126,19 @@ def send(values: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tenso
 
 
 def compiled(function: Callable) -> Callable:
-    """`function`, compiled at its first call; what cannot be compiled runs as it is, with torch's warning."""
+    """`function`, compiled at its first call; what cannot be compiled runs as it is, with torch's warning.
+
+    For any number of threads: else another number compiles it anew, for half a minute.
+    """
     torch._dynamo.config.suppress_errors = True
     if hasattr(torch._functorch.config, "force_non_lazy_backward_lowering"):  # torch 2.13
         # Compiles the backward at once too, where its failure is suppressed as well.
         torch._functorch.config.force_non_lazy_backward_lowering = True
     os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # to try the processor's instruction sets takes 8 s
-    return torch.compile(function)
+    torch._inductor.config.cpp.dynamic_threads = True
+    # What is global, such as the number of threads and whether gradients are needed, is the same at every call.
+    return torch.compile(function, options={"guard_filter_fn": lambda guards: [
+        guard.guard_type != "GLOBAL_STATE" for guard in guards]})
 
 
 def as_cuda_graph(update: Callable[[], dict]) -> Callable[[], dict]:

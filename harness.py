@@ -11,7 +11,6 @@ import csv
 import dataclasses
 import fcntl
 import functools
-import io
 import json
 import os
 import re
@@ -23,7 +22,7 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +31,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+import progress
 import suites
 from suites.base import UsageError
 from suites.vector import EnvError
@@ -44,25 +44,9 @@ class RunError(RuntimeError):
     """A run that cannot go on; its message says why and what is left of it."""
 
 
-class Unfailing(io.FileIO):
-    """A standard stream that ends no run: what a full disk, a closed pipe or a lost terminal refuses is dropped."""
-
-    def write(self, data: bytes) -> int:
-        try:
-            return super().write(data)
-        except OSError:
-            return len(data)
-
-
 def exit_on_error(function: Callable, *args: Any) -> Any:
     """Runs `function`. Bad input ends the program with its one sentence and exit code 2, a failed run with 1."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:  # closed before the program began
-            setattr(sys, name, open(os.devnull, "w"))
-        elif isinstance(stream, io.TextIOWrapper) and not isinstance(stream.buffer, Unfailing):
-            raw = Unfailing(stream.fileno(), "w", closefd=False)
-            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, "backslashreplace", write_through=True))
+    progress.make_streams_unfailing()
     try:
         return function(*args)
     except (UsageError, RunError, EnvError) as error:
@@ -81,8 +65,8 @@ def exit_on_error(function: Callable, *args: Any) -> Any:
 # ------------------------------------------------------------------------------------------------------- arguments
 
 # What may change beside --resume or --evaluate: nothing that the learner's numbers depend on.
-MAY_CHANGE = ("total_steps", "device", "replay_device", "workers", "assets", "track", "capture_video", "log_interval",
-              "checkpoint_interval", "save_replay", "compile", "cuda_graph")
+MAY_CHANGE = ("total_steps", "device", "replay_device", "threads", "workers", "assets", "track", "capture_video",
+              "log_interval", "checkpoint_interval", "save_replay", "compile", "cuda_graph")
 
 
 def fill(args: Any, **defaults: Any) -> Any:
@@ -127,7 +111,8 @@ def read_args(run_dir: Path, Args: type) -> tuple[Any, dict]:
     """The arguments of the run in a directory, those of transfer.py or offline.py first, and all of its args.json."""
     try:
         facts = json.loads((run_dir / "args.json").read_text())
-        given = facts | (facts.get("own", {}) if Path(facts.get("program", "")).name == PROGRAM.name else {})
+        given = facts | {"threads": facts.get("threads_given")}
+        given |= facts.get("own", {}) if Path(facts.get("program", "")).name == PROGRAM.name else {}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"{run_dir} holds no run to continue (args.json: {error}): give a run directory.") from None
     if facts.get("format") != FORMAT:
@@ -207,16 +192,16 @@ class Run:
                 self.state["agent"] = read_checkpoint(self.root, at=step)["agent"]
             self.saved_step = self.state.get("env_step")
         self.facts["ranks"] = size
+        self.threads = devices.Threads(self.args.threads, self.args.device, self.state.get("threads"))
         run_id = self._write_args()
         if self.args.track and not self.rank:
             import wandb
             wandb.init(project=os.environ.get("WANDB_PROJECT", "brc"), name=self.dir.name, id=run_id, resume="allow",
                        config=dataclasses.asdict(self.args), dir=str(self.dir), sync_tensorboard=True)
-        print(f"{self.args.exp_name} in {self.dir}", flush=True)
-        self.bar = tqdm(total=self.args.total_steps, initial=self.saved_step or 0, unit="step", dynamic_ncols=True,
-                        miniters=1, mininterval=0.5 if sys.stderr.isatty() else 15, disable=self.rank > 0)
+        print(f"{self.args.exp_name} in {self.dir}, {self.threads}", flush=True)
+        self.bar = progress.Bar(self.args.total_steps, self.saved_step or 0, shown=self.rank == 0)
         if not self.rank:
-            with survives("metrics.csv"):
+            with progress.survives("metrics.csv"):
                 self._read_csv()
             self._append_csv()
 
@@ -233,11 +218,13 @@ class Run:
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
         gpu = torch.cuda.is_available() and self.args.device != "cpu"
         here = {
-            "git_commit": commit or None, "command": shlex.join(sys.argv), "threads": torch.get_num_threads(),
+            "git_commit": commit or None, "command": shlex.join(sys.argv), "threads": self.threads.number,
             "hardware": torch.cuda.get_device_name() if gpu else f"CPU, {os.cpu_count()} cores",
             "versions": {"python": sys.version.split()[0]} | {x.name: x.version for x in distributions() if x.name},
         }
-        arguments = dataclasses.asdict(self.args) | {"resume": None, "evaluate": None, "run_dir": str(self.dir)}
+        arguments = dataclasses.asdict(self.args) | {
+            "resume": None, "evaluate": None, "run_dir": str(self.dir), "threads_given": self.args.threads,
+            "threads": self.threads.number}
         path = self.dir / "args.json"
         if self.args.resume:
             facts = json.loads((self.root / "args.json").read_text()) | arguments | self.facts
@@ -246,7 +233,7 @@ class Run:
             facts = arguments | {"format": FORMAT, "run_id": os.urandom(6).hex(), "program": str(PROGRAM.resolve()),
                                  "go_on": self.go_on} | self.facts | here
         try:
-            write_file(path, lambda file: file.write(json.dumps(facts, indent=2).encode() + b"\n"))
+            write_json(path, facts)
         except OSError as error:
             if not self.args.resume:
                 raise UsageError(f"{self.dir} cannot be written ({error}): give another --run-dir.") from None
@@ -270,7 +257,7 @@ class Run:
     def _append_csv(self) -> None:
         """Writes the rows of metrics.csv that wait to be written: all of them, or none until the next time."""
         path = self.dir / "metrics.csv"
-        with survives("metrics.csv"):
+        with progress.survives("metrics.csv"):
             size = path.stat().st_size if path.exists() else 0
             try:
                 with open(path, "a", newline="", encoding="utf-8", errors="backslashreplace") as file:
@@ -281,6 +268,15 @@ class Run:
                 os.truncate(path, size)
                 raise
             self.unwritten.clear()
+
+    def step(self, learning: bool = True) -> None:
+        """Counts a step that has just ended, with updates or not, and chooses the number of threads for the next."""
+        self.bar.step(learning)
+        if learning and self.threads.step():
+            tqdm.write(f"step {self.bar.n:>9,}: {self.threads.report}")
+            with progress.survives("args.json"):
+                path = self.dir / "args.json"
+                write_json(path, json.loads(path.read_text()) | {"threads": self.threads.number})
 
     def log_evaluation(self, results: list[dict], frames: list, env_step: int, embedding: Any) -> None:
         """A row per task and metric, last env_name=mean; a GIF per task; the task embeddings [N, D] or [N, 0]."""
@@ -294,7 +290,7 @@ class Run:
         self._append_csv()
         self.evaluated.add(env_step)
         self.log(scalars, env_step)
-        with survives("TensorBoard's log or the videos", lambda: vars(self).pop("tensorboard", None)):
+        with progress.survives("TensorBoard's log or the videos", lambda: vars(self).pop("tensorboard", None)):
             for summary in suites.write_videos(self.args.tasks, frames, self.dir, env_step):
                 self.tensorboard._get_file_writer().add_summary(summary, env_step)
             if embedding.numel():
@@ -302,11 +298,12 @@ class Run:
                                                global_step=env_step)
         tqdm.write(f"step {env_step:>9,}: " + ", ".join(f"mean {name} {value:.3f}" for name, value in means.items()))
         self.bar.set_postfix(score=f"{means['score']:.3f}", refresh=False)
+        self.bar.resume()
 
     def log(self, scalars: dict[str, float], env_step: int) -> None:
         """Scalars, and the bar's own speed, for TensorBoard."""
         if self.rank == 0:
-            with survives("TensorBoard's log", lambda: vars(self).pop("tensorboard", None)):
+            with progress.survives("TensorBoard's log", lambda: vars(self).pop("tensorboard", None)):
                 for name, value in {"time/env_steps_per_second": self.bar.format_dict["rate"] or 0, **scalars}.items():
                     self.tensorboard.add_scalar(name, value, env_step)
 
@@ -320,18 +317,19 @@ class Run:
             return
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         failed = True
-        with survives(f"The checkpoint of step {env_step:,}"):
+        with progress.survives(f"The checkpoint of step {env_step:,}"):
             replay = append_replay(self.dir / "replay", buffer, self.state) if self.args.save_replay else {}
             state = state | {"format": FORMAT, "env_step": env_step, "replay": replay,
-                             "random": {"cpu": torch.get_rng_state(), "cuda": cuda}}
+                             "threads": self.threads.number, "random": {"cpu": torch.get_rng_state(), "cuda": cuda}}
             write_file(self.dir / "checkpoint.new.pt", lambda file: torch.save(state, file))
             failed = False
         if devices.largest([failed]) == [False]:  # all ranks have theirs
-            with survives(f"The checkpoint of step {env_step:,}"):
+            with progress.survives(f"The checkpoint of step {env_step:,}"):
                 if (self.dir / "checkpoint.pt").exists():
                     os.replace(self.dir / "checkpoint.pt", self.dir / "checkpoint.previous.pt")
                 os.replace(self.dir / "checkpoint.new.pt", self.dir / "checkpoint.pt")
                 self.saved_step, self.state = env_step, {"replay": replay}
+        self.bar.resume()
 
     def check_finite(self, values: dict, env_step: int) -> None:
         """Raises RunError if one of the tensors or arrays is not finite. Waits for the device."""
@@ -344,32 +342,24 @@ class Run:
         """Ends the logs, and lets go of the directory: transfer.py goes on in the same process."""
         self.bar.close()
         if "tensorboard" in vars(self):
-            with survives("TensorBoard's log"):
+            with progress.survives("TensorBoard's log"):
                 self.tensorboard.close()
         if self.lock:
             self.lock.close()
 
     def finish(self, env_step: int, results: list[dict]) -> None:
-        """The table of the last evaluation; after a signal, what is saved, and the exit code that says so."""
+        """Table and curves of the evaluations; after a signal, what is saved, and the exit code that says so."""
         last = f"Last checkpoint: {'none' if self.saved_step is None else f'step {self.saved_step:,}'}"
+        if results and not self.stop:
+            print(suites.table(self.args.tasks, results))
+        if self.evaluated:
+            print(f"Curves: {self.dir / 'metrics.csv'}; to draw them: {progress.drawing(self.dir)}")
         if self.stop:
             print(f"Stopped by {signal.Signals(self.stop).name} at step {env_step:,}. {last}. To go on: {self.go_on}",
                   file=sys.stderr)
             raise SystemExit(128 + self.stop)
-        if results:
-            print(suites.table(self.args.tasks, results))
         if self.saved_step != env_step:
             raise RunError(f"The checkpoint of step {env_step:,} could not be written to {self.dir}. {last}.")
-
-
-@contextlib.contextmanager
-def survives(what: str, then: Callable[[], object] = bool) -> Iterator[None]:
-    """A disk that fails costs what was to be written, never the run; `then` is called."""
-    try:
-        yield
-    except OSError as error:
-        tqdm.write(f"{what} cannot be written ({error}); the run goes on, and tries again.", file=sys.stderr)
-        then()
 
 
 def check_empty(directory: Path) -> None:
@@ -417,6 +407,10 @@ def write_file(path: Path, write: Callable[[Any], object]) -> None:
     finally:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, facts: dict) -> None:
+    write_file(path, lambda file: file.write(json.dumps(facts, indent=2).encode() + b"\n"))
 
 
 # buffer.rings is a dict of name -> (ring, stop, kept): the last `kept` of `stop` rows written so far are in the ring,

@@ -58,6 +58,7 @@ class Args:
     eval_episodes: int = 10  # evaluation episodes per task
     log_interval: int = 500  # updates between TensorBoard scalars
     checkpoint_interval: int | None = None  # updates between checkpoints; default every evaluation
+    threads: int | None = None  # threads of torch on a CPU; default OMP_NUM_THREADS, or as many as make steps fastest
     workers: int | None = None  # processes that step the environments; default by the number of cores
     assets: str | None = None  # ShadowHand's folder dex_envs/assets; default $SHADOWHAND_ASSETS
     device: str = "auto"  # cpu, cuda or cuda:N; auto takes a GPU if there is one
@@ -98,7 +99,7 @@ from torch import Tensor  # noqa: E402
 
 import brc_sac  # noqa: E402
 import devices  # noqa: E402
-from brc_sac import Actor, Agent, Batch, Critic, ReturnNormalizer, VectorEnv  # noqa: E402
+from brc_sac import Actor, Agent, Batch, Critic, ReturnNormalizer, VectorEnv, evaluate  # noqa: E402
 from offline_data.episodes import Episodes, fit  # noqa: E402
 from offline_data.runs import RunReplay  # noqa: E402
 
@@ -243,7 +244,7 @@ def train(args: Args) -> list[dict]:
     run.facts["fingerprint"] = data.fingerprint
     if args.resume and harness.read_args(run.dir, Args)[1]["fingerprint"] != data.fingerprint:
         raise UsageError(f"{' '.join(args.data)}: these are not the transitions with which {run.dir} began; give them.")
-    print(f"obs {envs.obs_dim}, act {envs.act_dim}; {device}, {torch.get_num_threads()} threads, {agent}", flush=True)
+    print(f"obs {envs.obs_dim}, act {envs.act_dim}; {device}, {agent}", flush=True)
     run.open(None)
     metrics, results, step = {}, [], run.saved_step or 0
     if run.state:
@@ -264,15 +265,14 @@ def train(args: Args) -> list[dict]:
                 run.save(step, {"agent": agent.state_dict(), "normalizer": normalizer.state_dict()}, None)
             if due and not run.stop and step not in run.evaluated:
                 seed = harness.derived_seed(args.seed, "evaluation", step)
-                results, frames = brc_sac.evaluate(agent, envs, args.eval_episodes, seed, args.capture_video,
-                                                   lambda: run.stop)
+                results, frames = evaluate(agent, envs, args.eval_episodes, seed, args.capture_video, lambda: run.stop)
                 if results:
                     run.log_evaluation(results, frames, step, agent.critic.embed(agent.task_ids))
             if run.stop or step >= learner.total_steps:
                 break
             metrics = updates()
             step += 1
-            run.bar.update()
+            run.step()
             if step % args.log_interval == 0:
                 run.check_finite(metrics, step)
                 scales = zip(learner.tasks, normalizer.denominator(agent.temperature).tolist())  # waits for the device

@@ -31,7 +31,6 @@ Transitions are counted in full: those of trials are the run's first steps, and 
 import csv
 import dataclasses
 import importlib
-import json
 import math
 import shlex
 import sys
@@ -67,6 +66,7 @@ class Args:
     resume: str | None = None  # run directory to go on with; all other arguments are read from there
     device: str = "auto"  # cpu, cuda or cuda:N; auto takes a GPU if there is one
     replay_device: str | None = None  # device of the replay buffers; default the training device
+    threads: int | None = None  # threads of torch on a CPU; default OMP_NUM_THREADS, or as many as make steps fastest
     workers: int | None = None  # processes that step environments (0 = in this one); default by the number of cores
     assets: str | None = None  # ShadowHand's folder dex_envs/assets; default $SHADOWHAND_ASSETS
     track: bool = False  # also log to Weights & Biases
@@ -349,7 +349,7 @@ def trial(pretrained: Pretrained, run: harness.Run, agent: Any, name: str, norma
         if step.terminated[0] or step.truncated[0]:
             episodes, running = [*episodes, running], (0.0, np.nan)
         obs = step.obs
-        run.bar.update()
+        run.step(learning=False)
     envs.close()
     result = suites.mean_episode(task, episodes or [running])
     print(f"{task} with {name}'s embedding: score {result['score']:.3f}, return {result['return']:.1f}", flush=True)
@@ -417,7 +417,7 @@ def main(args: Args | None = None) -> list[dict[str, float]]:
         facts = {"format": harness.FORMAT, "program": str(harness.PROGRAM.resolve()), "go_on": go_on,
                  "own": vars(args) | {"resume": None}}
         root.mkdir(parents=True, exist_ok=True)
-        harness.write_file(root / "args.json", lambda file: file.write(json.dumps(facts, indent=2).encode()))
+        harness.write_json(root / "args.json", facts)
     own = {key: value for key, value in vars(args).items() if not hasattr(pretrained.old, key)} | {"suite": None}
     rows = 1 + len(pretrained.old.tasks) * args.uses_replay if pretrained.embeddings or args.uses_replay else 0
     start = pretrained.agent.Start(lambda *new: prepare(pretrained, *new), rows * (args.prior_tasks == "separate"),

@@ -36,10 +36,11 @@ from harness import UsageError  # noqa: E402
 OFFICIAL = Path(__file__).resolve().parent / "results" / "official.csv.gz"
 
 # In args.json, but no setting of the method: facts about the run, and arguments that no result depends on.
-FREE = {"format", "run_id", "program", "go_on", "git_commit", "command", "threads", "hardware", "versions", "resumed",
-        "updates", "seed", "exp_name", "run_dir", "resume", "evaluate", "device", "replay_device", "workers", "assets",
-        "track", "capture_video", "log_interval", "checkpoint_interval", "eval_interval", "save_replay", "compile",
-        "cuda_graph", "total_steps", "suite", "split", "pad_to", "checkpoint", "task", "full_map", "allow_seen"}
+FREE = {"format", "run_id", "program", "go_on", "git_commit", "command", "threads", "threads_given", "hardware",
+        "versions", "resumed", "updates", "seed", "exp_name", "run_dir", "resume", "evaluate", "device",
+        "replay_device", "workers", "assets", "track", "capture_video", "log_interval", "checkpoint_interval",
+        "eval_interval", "save_replay", "compile", "cuda_graph", "total_steps", "suite", "split", "pad_to",
+        "checkpoint", "task", "full_map", "allow_seen"}
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def backward_fails(graph, inputs):
 @pytest.mark.parametrize("backend", [forward_fails, backward_fails])
 def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch, backend):
     of = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function: of(function, backend=backend))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: of(function, backend=backend))
     agents, batch, noise = [], make_batch(), torch.randn(2, 64, 2)
     for compile in (False, True):
         torch.manual_seed(0)
