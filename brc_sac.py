@@ -3,12 +3,11 @@
 "Bigger, Regularized, Categorical: High-Capacity Value Functions are Efficient Multi-Task Learners", arXiv 2505.23150.
 SAC + two BroNet critics with categorical cross-entropy TD + learned task embeddings + per-task return normalisation.
 
-    python brc_sac.py --suite demo                          four MetaWorld tasks on a laptop's CPU, minutes
+    python brc_sac.py --suite demo                          three MetaWorld tasks on a laptop's CPU, minutes
     python brc_sac.py --suite mw --width 4096               MetaWorld-50 as in the paper (one GPU)
     python brc_sac.py --suite mw --split pretrain           the 45 tasks that the paper pretrains on, for transfer.py
     python brc_sac.py --tasks ball_in_cup-catch             single-task mode: batch 256, no task embedding
     python brc_sac.py --tasks walker-run reach hopper-hop   any mix of tasks; observations and actions are padded
-    python brc_sac.py --suite demo --total-steps 300 --learning-starts 100 --eval-episodes 1     CPU smoke test
     python brc_sac.py --resume runs/<run>                   go on after a crash or a kill
     torchrun --nproc-per-node 8 brc_sac.py --suite sh --width 8192     several GPUs: tasks and batch are dealt out
 

@@ -89,6 +89,9 @@ class Args:
     """Also write the results to this file: one row per case, with hardware, versions, date and command."""
 
 
+PAPER = dict(actor_width=256, learning_rate=3e-4, init_temperature=0.1)
+
+
 class Peaks(NamedTuple):
     flops_per_s: float
     bytes_per_s: float
@@ -238,7 +241,7 @@ def make_case(args: Args, size: float, precision: str, compile: bool, graph: boo
     tasks = tuple(str(task) for task in range(args.num_tasks or (50 if args.agent == "sac" else 26)))
     if args.agent == "sac":
         run = brc_sac.Args(tasks=tasks, width=size, batch_size=args.batch_size or 1024, precision=precision,
-                           compile=compile, cuda_graph=graph, embedding_norm="l1")
+                           compile=compile, cuda_graph=graph, embedding_norm="l1", **PAPER)
         case = sac(run, args.obs_dim, args.act_dim, device)
         fill(case)
         return case
@@ -323,7 +326,7 @@ def loop(args: Args, width: int, precision: str, compile: bool, graph: bool, dev
     envs = VectorEnv(tasks, seed=0, workers=workers)
     try:
         run = brc_sac.Args(tasks=tasks, width=width, batch_size=args.batch_size or 1024, precision=precision,
-                           compile=compile, cuda_graph=graph, embedding_norm="l1")
+                           compile=compile, cuda_graph=graph, embedding_norm="l1", **PAPER)
         case = sac(run, envs.obs_dim, envs.act_dim, device)
         agent, normalizer, buffer = case.parts
         obs, spent = envs.reset(seed=0), dict.fromkeys(("act", "update", "wait for environments", "store"), 0.0)
