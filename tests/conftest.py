@@ -110,6 +110,30 @@ def at_step(step: int, action: Callable[[], object]) -> None:
     Toys.hook = staticmethod(lambda env: pending.pop()() if env.steps == step and pending else None)
 
 
+def make_env(task: str, seed: int = 0, **options) -> gym.Env:
+    """suites.make; skips the test where what the task needs is not installed."""
+    try:
+        suites.check((task,))
+    except suites.SuiteError as error:
+        pytest.skip(f"not installed ({error})")
+    return suites.make(task, seed, **options)
+
+
+def episode(env: gym.Env, steps: int, seed: int | None = None, after_reset: Callable[[], object] = lambda: None
+            ) -> np.ndarray:
+    """All that `steps` fixed pseudo-random actions lead to, over as many episodes as it takes, flattened."""
+    env.action_space.seed(0)
+    trace = [env.reset(seed=seed)[0].ravel()]
+    after_reset()
+    for _ in range(steps):
+        obs, reward, terminated, truncated, info = env.step(env.action_space.sample())
+        numbers = [reward, terminated, truncated, info.get("success", 0.0), info.get("lives", 0)]
+        trace += [obs.ravel(), numbers]
+        if terminated or truncated:
+            trace.append(env.reset()[0].ravel())
+    return np.concatenate(trace)
+
+
 @dataclasses.dataclass
 class Program:
     """An agent's script on toy tasks: in this process by `train`, or as a user runs it by `start` and `run`."""

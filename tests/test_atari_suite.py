@@ -13,18 +13,6 @@ from suites.atari import Games
 GAMES = atari.TASKS + atari.TRANSFER
 
 
-def rollout(env, steps: int, seed: int | None = None) -> tuple[list, list]:
-    """The observations and (reward, terminated, truncated, lives) of `steps` fixed pseudo-random actions."""
-    rng = np.random.default_rng(0)
-    obs, info = env.reset(seed=seed)
-    frames, rest = [obs], []
-    for _ in range(steps):
-        obs, reward, terminated, truncated, info = env.step(int(rng.integers(18)))
-        frames.append(obs)
-        rest.append((reward, terminated, truncated, info["lives"]))
-    return frames, rest
-
-
 def test_settings():
     env = suites.make("Pong", 0)
     assert len(set(GAMES)) == 46 == len(atari.RETURNS)
@@ -54,21 +42,15 @@ def test_steps(game):
     assert np.isfinite(reward) and not terminated and not truncated
 
 
-def test_a_seed_fixes_all_episodes():
-    env, other = suites.make("MsPacman", seed=3), suites.make("MsPacman", seed=4)
-    first, second = rollout(env, 100), rollout(env, 100)
-    for again in (suites.make("MsPacman", seed=3), other):
-        seed = 3 if again is other else None
-        for expected, actual in zip((first, second), (rollout(again, 100, seed), rollout(again, 100)), strict=True):
-            np.testing.assert_array_equal(expected[0], actual[0])
-            assert expected[1] == actual[1]
-
-
 def test_rewards_are_raw_and_a_lost_life_does_not_end_the_episode():
-    _, steps = rollout(suites.make("Qbert", seed=0), 400)
-    assert max(reward for reward, *_ in steps) > 1.0
-    lost = next(i for i in range(1, 400) if steps[i][3] < steps[i - 1][3])
-    assert not steps[lost][1] and not steps[lost][2]
+    env, rewards, lives = suites.make("Qbert", seed=0), [], []
+    env.reset()
+    while not lives or lives[-1] == lives[0]:
+        _, reward, terminated, truncated, info = env.step(env.action_space.sample())
+        rewards.append(reward)
+        lives.append(info["lives"])
+        assert not terminated and not truncated
+    assert max(rewards) > 1.0
 
 
 # ------------------------------------------------------------------------------------------------- the native games

@@ -5,8 +5,7 @@ both elsewhere.
 """
 
 import dataclasses
-import itertools
-import tempfile
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -19,6 +18,7 @@ from hypothesis import strategies as st
 import brc_drq
 import harness
 import suites
+import test_sac
 from brc_drq import Agent, Args, Batch, ReplayBuffer, ReturnNormalizer
 from conftest import FakeGames
 
@@ -126,60 +126,47 @@ def test_bf16_is_for_convolutions_and_products_alone():
 # --------------------------------------------------------------------------------------------------- replay buffer
 
 
-class Stream:
-    """Unending episodes of every task, whose frames are numbered (in 2x2 pixels of one byte), and a naive replay.
+class Stream(test_sac.Stream):
+    """Frames are numbered, in 2x2 pixels of one byte. A life is lost in every step whose number is divisible by `life`.
 
-    plans: per task, the (length, terminates) of its episodes, repeated for ever. A life is lost in every step whose
-    number is divisible by `life`. `rows` has a list of all steps per task, each of them obs, action, reward, `dead`
-    (terminated or a life lost), `over` and the true next obs; `ends` the steps in which episodes ended, in order.
+    `rows` has of every step obs, action, reward, `dead` (terminated or a life lost), `over` and the true next obs.
     """
 
-    def __init__(self, plans: list[list[tuple[int, bool]]], life: int = 5):
-        self.life, self.numbers, self.plans = life, itertools.count(1), [itertools.cycle(plan) for plan in plans]
-        self.rows, self.ends, self.oldest = [[] for _ in plans], [], 0  # what a ring has lost stays lost
-        self.running, self.age = [next(plan) for plan in self.plans], np.zeros(len(plans), int)
-        self.obs = np.zeros((len(plans), 4, 2, 2), np.uint8)  # as the environments' frame stacks
-        self.obs[:, 3] = self.frames()
+    def __init__(self, plans: list[list[tuple[int, int]]], life: int = 5):
+        self.life = life
+        super().__init__(plans)
 
     def frames(self) -> np.ndarray:
         return np.array([next(self.numbers) for _ in self.plans], np.uint32).view(np.uint8).reshape(-1, 2, 2)
 
+    def reset_obs(self) -> np.ndarray:
+        obs = np.zeros((len(self.plans), 4, 2, 2), np.uint8)  # as the environments' frame stacks
+        obs[:, 3] = self.frames()
+        return obs
+
     def feed(self, num_steps: int, *buffers: ReplayBuffer) -> None:
         for _ in range(num_steps):
-            time, tasks, obs = len(self.rows[0]) + 1, len(self.plans), self.obs
-            rng, (lengths, terminates) = np.random.default_rng(time), np.array(self.running).T
+            time, tasks, obs, (terminated, truncated) = len(self.rows[0]) + 1, len(self.plans), self.obs, self.advance()
+            rng, over = np.random.default_rng(time), terminated | truncated
             action, reward = rng.integers(18, size=tasks), rng.normal(size=tasks).astype(np.float32)
-            self.age += 1
-            over = self.age == lengths
             life_lost = ~over & ((time + np.arange(tasks)) % self.life == 0)
-            next_obs, terminated = np.concatenate([obs[:, 1:], self.frames()[:, None]], 1), over & (terminates == 1)
+            self.obs = next_obs = np.concatenate([obs[:, 1:], self.frames()[:, None]], 1)
             for buffer in buffers:
-                buffer.add(obs, action, reward, terminated, over & ~terminated, life_lost, next_obs)
+                buffer.add(obs, action, reward, terminated, truncated, life_lost, next_obs)
             for rows, *step in zip(self.rows, obs, action, reward, terminated | life_lost, over, next_obs):
                 rows.append(step)
-            self.obs = next_obs.copy()
-            self.begin(np.flatnonzero(over))
+            self.begin(over)
 
-    def begin(self, tasks: np.ndarray) -> None:
-        for task in tasks:
-            self.ends.append(len(self.rows[0]) - 1)
+    def begin(self, over: np.ndarray) -> None:
+        for task in np.flatnonzero(over):
             self.rows[task][-1][4] = True
-            self.running[task], self.age[task] = next(self.plans[task]), 0
-            self.obs[task] = 0
-            self.obs[task, 3] = self.frames()[0]
-
-    def cut(self, *buffers: ReplayBuffer) -> None:
-        """As a resume does: the running episodes end, and new ones begin."""
-        for buffer in buffers:
-            buffer.end_episodes(np.flatnonzero(buffer.episode_steps))
-        self.begin(np.flatnonzero(self.age))
+        super().begin(over)
 
     def kept(self, buffer: ReplayBuffer) -> dict:
         """The transitions that a buffer of these sizes holds, by their newest frame's number."""
-        steps, room = len(self.rows[0]), len(buffer.last_frame)
-        self.oldest = max(self.oldest, steps - buffer.capacity, *(end + 1 for end in self.ends[-room:-room + 1]))
+        oldest = self.oldest_kept(buffer.capacity, len(buffer.last_frame))
         transitions = (self.transition(task, t, buffer) for task in range(len(self.rows))
-                       for t in range(self.oldest, steps))
+                       for t in range(oldest, len(self.rows[0])))
         return {numbers_of(transition[1]).item(): transition for transition in transitions if transition}
 
     def transition(self, task: int, t: int, buffer: ReplayBuffer) -> tuple | None:
@@ -219,37 +206,19 @@ def assert_samples(buffer: ReplayBuffer, stream: Stream) -> None:
         np.testing.assert_array_equal(batch.next_obs[i], next_obs)
 
 
-EPISODES = st.lists(st.tuples(st.integers(1, 12), st.booleans()), min_size=1, max_size=5)
-MORE = st.integers(0, 20)  # than n steps of capacity
-
-
 @settings(deadline=None, max_examples=50)
-@given(plans=st.lists(EPISODES, min_size=1, max_size=3), n_step=st.integers(1, 5), more=MORE, life=st.integers(1, 9),
-       bouts=st.lists(st.tuples(st.integers(1, 60), st.none() | MORE), min_size=1, max_size=4))
+@given(plans=test_sac.plans_of(1, 12), n_step=st.integers(1, 5), more=st.integers(0, 20), life=st.integers(1, 9),
+       bouts=st.lists(st.tuples(st.integers(1, 60), st.none() | st.integers(5, 25)), min_size=1, max_size=4))
 @mock.patch("os.fsync", lambda file: None)
 def test_buffer_samples_exactly_what_a_list_of_episodes_holds(plans, n_step, more, life, bouts):
-    """With a checkpoint after each bout and, where a bout names another capacity, a resume with that."""
-    stream, saved = Stream(plans, life), {}
+    stream = Stream(plans, life)
     buffer = make_buffer(stream, n_step + more, n_step)
     stream.feed(n_step - 1, buffer)
-    with tempfile.TemporaryDirectory() as folder:
-        for num_steps, more in bouts:
-            stream.feed(num_steps, buffer)
-            assert_samples(buffer, stream)
-            saved = {"replay": harness.append_replay(Path(folder), buffer, saved), "buffer": buffer.state_dict()}
-            if more is not None:
-                same, other = (make_buffer(stream, size, n_step) for size in (buffer.capacity, n_step + more))
-                for loaded in (same, other):
-                    loaded.load_state_dict(saved["buffer"])
-                    harness.load_replay(Path(folder), loaded, saved)
-                stream.cut(same, other)  # which changes the newest step: the next checkpoint has to hold it
-                assert_samples(same, stream)
-                assert_samples(other, stream)
-                buffer = other
+    test_sac.assert_survives_checkpoints(stream, buffer, bouts, assert_samples, partial(make_buffer, n_step=n_step))
 
 
 def test_a_ring_wraps_at_every_phase_of_an_episode_and_is_sampled_uniformly():
-    stream = Stream([[(70, True)], [(64, False), (3, True), (100, True)]], life=11)
+    stream = Stream([[(70, 1)], [(64, 2), (3, 1), (100, 1)]], life=11)
     buffer = make_buffer(stream, 100)
     for _ in range(25):
         stream.feed(13, buffer)
@@ -418,23 +387,6 @@ def test_what_is_learned_from_are_clipped_rewards_and_lives(args, clip):
     harness.read_checkpoint(Path(args.run_dir), buffer)
     buffer.end_episodes(np.array([], int))
     assert (buffer.sample(200).reward.abs().max() > 3) != clip
-
-
-def test_a_transfer_starts_where_it_says_and_learns_once_there_is_a_return_scale(args):
-    def prepare(run, agent, normalizer, buffer):
-        seen.append((agent.sizes, len(normalizer.return_scale), run.state))
-        normalizer.return_max[2:] = 1.0
-        return buffer
-
-    seen, epsilons, updates, act, update = [], [], [], Agent.act, Agent.update
-    start = brc_drq.Start(prepare, num_embeddings=5, acts=True, first_step=10, facts={"method": "model"})
-    with (mock.patch.object(Agent, "act", lambda *inputs: (epsilons.append(inputs[3]), act(*inputs))[1]),
-          mock.patch.object(Agent, "update", lambda *inputs: (updates.append(1), update(*inputs))[1])):
-        brc_drq.train(dataclasses.replace(args, learning_starts=12), start)
-    assert seen == [((2, 5), 5, {})] and set(epsilons) == {args.epsilon, args.eval_epsilon}
-    assert len(updates) == 80 - 17  # not before the first life is lost, in the seventh step
-    metrics = (Path(args.run_dir) / "metrics.csv").read_text()
-    assert {int(line.split(",")[4]) for line in metrics.splitlines()[1:]} == {10, 20, 40, 60, 80}
 
 
 def test_a_short_run_of_real_games_whose_stacks_are_stored_as_they_were_shown(tmp_path, capsys, monkeypatch):

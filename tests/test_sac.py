@@ -8,6 +8,7 @@ import itertools
 import random
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -102,41 +103,51 @@ class Stream:
 
     def __init__(self, plans: list[list[tuple[int, int]]]):
         self.numbers, self.plans = itertools.count(1), [itertools.cycle(plan) for plan in plans]
-        self.rows: list[list] = [[] for _ in plans]
-        self.oldest = 0  # what a ring has lost stays lost
-        self.episodes, self.steps, self.ends = [next(plan) for plan in self.plans], [0 for _ in plans], []
-        self.obs = self.draw(2)
+        self.rows, self.ends, self.oldest = [[] for _ in plans], [], 0  # what a ring has lost stays lost
+        self.running, self.age = [next(plan) for plan in self.plans], np.zeros(len(plans), int)
+        self.obs = self.reset_obs()
 
     def draw(self, width: int) -> np.ndarray:
         return np.array([[next(self.numbers)] * width for _ in self.plans], np.float32)
 
+    def reset_obs(self) -> np.ndarray:
+        return self.draw(2)
+
+    def advance(self) -> np.ndarray:
+        """Whether the next step of each task is terminated [N], and whether it is truncated [N]."""
+        self.age += 1
+        lengths, ends = np.array(self.running).T
+        return (self.age == lengths) & (np.array([[1], [2]]) & ends > 0)
+
     def feed(self, num_steps: int, *buffers: ReplayBuffer) -> None:
         for _ in range(num_steps):
-            action, reward, next_obs, reset_obs = self.draw(1), self.draw(1)[:, 0], self.draw(2), self.draw(2)
-            terminated, truncated = np.zeros((2, len(self.plans)), bool)
-            for task, (length, end) in enumerate(self.episodes):
-                self.steps[task] += 1
-                over = self.steps[task] == length
-                terminated[task], truncated[task] = over and end & 1, over and end & 2
-                self.rows[task].append((task, self.obs[task, 0], action[task, 0], reward[task], float(terminated[task]),
-                                        next_obs[task, 0]))
+            action, reward, next_obs, (terminated, truncated) = self.draw(1), self.draw(1), self.draw(2), self.advance()
             for buffer in buffers:
-                buffer.add(self.obs, action, reward, terminated, truncated, next_obs)
-            self.begin(np.flatnonzero(terminated | truncated))
-            self.obs = np.where((terminated | truncated)[:, None], reset_obs, next_obs)
+                buffer.add(self.obs, action, reward[:, 0], terminated, truncated, next_obs)
+            columns = self.obs[:, 0], action[:, 0], reward[:, 0], terminated.astype(float), next_obs[:, 0]
+            for task, step in enumerate(zip(*columns)):
+                self.rows[task].append((task, *step))
+            self.obs = next_obs
+            self.begin(terminated | truncated)
 
-    def begin(self, tasks: np.ndarray) -> None:
-        for task in tasks:
+    def begin(self, over: np.ndarray) -> None:
+        """New episodes of these tasks [N]."""
+        for task in np.flatnonzero(over):
             self.ends.append(len(self.rows[0]) - 1)
-            self.episodes[task], self.steps[task] = next(self.plans[task]), 0
+            self.running[task], self.age[task] = next(self.plans[task]), 0
+        self.obs = np.where(over.reshape(-1, *[1] * (self.obs.ndim - 1)), self.reset_obs(), self.obs)
 
     def cut(self, *buffers: ReplayBuffer) -> None:
         """As a resume does: the running episodes end, and new ones begin."""
-        running = np.flatnonzero(self.steps)
         for buffer in buffers:
-            buffer.end_episodes(running)
-        self.begin(running)
-        self.obs = self.draw(2)
+            buffer.end_episodes(np.flatnonzero(self.age))
+        self.begin(self.age > 0)
+
+    def oldest_kept(self, capacity: int, room: int) -> int:
+        """Of a buffer with this capacity and room for so many final observations."""
+        steps = len(self.rows[0])
+        self.oldest = max(self.oldest, steps - capacity, *(end + 1 for end in self.ends[-room:-room + 1]))
+        return self.oldest
 
     def last(self, count: int) -> set:
         return {row for rows in self.rows for row in rows[-count:]}
@@ -153,10 +164,32 @@ def sampleable(buffer: ReplayBuffer) -> set:
 
 def assert_holds(buffer: ReplayBuffer, stream: Stream) -> None:
     """The last transitions, every one of them: as many as the capacity, or as the final observations have room for."""
-    steps, room = len(stream.rows[0]), len(buffer.last_obs)
-    stream.oldest = max(stream.oldest, steps - buffer.capacity, *(end + 1 for end in stream.ends[-room:-room + 1]))
-    assert buffer.window.tolist() == [stream.oldest, steps - stream.oldest]
-    assert sampleable(buffer) == stream.last(steps - stream.oldest)
+    oldest, steps = stream.oldest_kept(buffer.capacity, len(buffer.last_obs)), len(stream.rows[0])
+    assert buffer.window.tolist() == [oldest, steps - oldest]
+    assert sampleable(buffer) == stream.last(steps - oldest)
+
+
+def assert_survives_checkpoints(stream, buffer, bouts: list[tuple], assert_holds, make_buffer) -> None:
+    """With a checkpoint after each bout and, where a bout names another capacity, a resume with that."""
+    saved = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for num_steps, new_capacity in bouts:
+            stream.feed(num_steps, buffer)
+            assert_holds(buffer, stream)
+            saved = {"replay": harness.append_replay(Path(folder), buffer, saved), "buffer": buffer.state_dict()}
+            if new_capacity is not None:
+                same, other = make_buffer(stream, buffer.capacity), make_buffer(stream, new_capacity)
+                for loaded in (same, other):
+                    loaded.load_state_dict(saved["buffer"])
+                    harness.load_replay(Path(folder), loaded, saved)
+                stream.cut(buffer, same, other)  # which changes the newest step: the next checkpoint has to hold it
+                batches = []
+                for ring in (buffer, same):
+                    torch.manual_seed(1)
+                    batches.append(ring.sample(300))
+                assert all(map(torch.equal, *batches))
+                assert_holds(other, stream)
+                buffer = other
 
 
 def plans_of(min_length: int, max_length: int):
@@ -171,28 +204,10 @@ def make_buffer(stream: Stream, capacity: int) -> ReplayBuffer:
 @settings(deadline=None, max_examples=50)
 @given(plans=plans_of(1, 12) | plans_of(1, 1) | plans_of(16, 40), capacity=st.integers(1, 40),
        bouts=st.lists(st.tuples(st.integers(1, 60), st.none() | st.integers(1, 40)), min_size=1, max_size=5))
+@mock.patch("os.fsync", lambda file: None)
 def test_buffer_samples_exactly_what_a_list_of_episodes_holds(plans, capacity, bouts):
-    """With a checkpoint after each bout and, where a bout names another capacity, a resume with that."""
     stream = Stream(plans)
-    buffer, saved = make_buffer(stream, capacity), {}
-    with tempfile.TemporaryDirectory() as folder:
-        for num_steps, new_capacity in bouts:
-            stream.feed(num_steps, buffer)
-            assert_holds(buffer, stream)
-            saved = {"replay": harness.append_replay(Path(folder), buffer, saved)}
-            if new_capacity:
-                same, other = make_buffer(stream, buffer.capacity), make_buffer(stream, new_capacity)
-                for loaded in (same, other):
-                    loaded.load_state_dict(buffer.state_dict())
-                    harness.load_replay(Path(folder), loaded, saved)
-                stream.cut(buffer, same, other)
-                batches = []
-                for ring in (buffer, same):
-                    torch.manual_seed(1)
-                    batches.append(ring.sample(300))
-                assert all(map(torch.equal, *batches))
-                buffer = other
-                assert_holds(buffer, stream)
+    assert_survives_checkpoints(stream, make_buffer(stream, capacity), bouts, assert_holds, make_buffer)
 
 
 @settings(deadline=None, max_examples=30)
@@ -235,7 +250,7 @@ NORMALIZERS = {  # with gamma = 0.5; of four action dimensions
 @pytest.mark.parametrize(
     ("variants", "rewards", "end", "last_value", "scale"),
     [
-        ("paper games", [1, 2, 4], "terminated", 100, 4),  # 4; 2 + 4/2 = 4; 1 + 4/2 = 3: not the 100 of a terminal state
+        ("paper games", [1, 2, 4], "terminated", 100, 4),  # 4; 2 + 4/2 = 4; 1 + 4/2 = 3: no value of a terminal state
         ("paper games release", [-6, 1], "terminated", None, 5.5),  # 1; -6 + 1/2 = -5.5
         ("paper games", [1, 2, 4], "truncated", 8, 8),  # 4 + 8/2 = 8; 2 + 8/2 = 6; 1 + 6/2 = 4
         ("paper games", [1, 2, 4], "truncated", -20, 6),  # 4 - 20/2 = -6; 2 - 6/2 = -1; 1 - 1/2 = 0.5

@@ -462,12 +462,17 @@ def test_all_protocols_take_a_checkpoint_of_brc_drq(transfers, monkeypatch, tmp_
     monkeypatch.setattr(harness, "PROGRAM", Path(brc_drq.__file__))
     brc_drq.train(brc_drq.resolve(args))
     agents = {"pre": checkpoint(tmp_path / "pre")["agent"]}
-    budget = "--total-steps 16 --batch-size 4 --eval-interval 16 --no-compile"
-    for name, options, steps in (("model", budget, 16), ("data", budget, 16), ("zero-shot", "", 0),
+    budget = "--total-steps 22 --batch-size 4 --eval-interval 22 --learning-starts 5 --no-compile"
+    epsilons, updates, act, update = [], [], brc_drq.Agent.act, brc_drq.Agent.update
+    monkeypatch.setattr(brc_drq.Agent, "act", lambda *inputs: (epsilons.append(inputs[3]), act(*inputs))[1])
+    monkeypatch.setattr(brc_drq.Agent, "update", lambda *inputs: (updates.append(1), update(*inputs))[1])
+    for name, options, steps in (("model", budget, 22), ("data", budget, 22), ("zero-shot", "", 0),
                                  ("tune", "--tune-transitions 12", 27)):
         run_dir = transfers.go(name, options, run=name, task="Bowling", pre=tmp_path / "pre")
         agents[name] = checkpoint(run_dir)["agent"]
         assert int(table(run_dir / "metrics.csv")[-1]["env_step"]) == steps
+        if name == "model":  # acts from the first step on, and learns once an episode of 20 steps has ended
+            assert set(epsilons) == {args.epsilon, args.eval_epsilon} and len(updates) == 2 * 2
     for part in ("critic", "target"):
         for name, value in agents["pre"][part].items():
             if name != "embedding.weight":
