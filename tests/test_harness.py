@@ -72,13 +72,22 @@ def assert_same_run(ours, theirs) -> None:
 
 
 @pytest.mark.parametrize(("variant", "buffer_size"), [("paper", 1000), ("paper", 50), ("release", 50)])
-def test_a_resumed_run_equals_one_that_never_stopped(program, variant, buffer_size):
+def test_a_resumed_run_equals_one_that_never_stopped(program, monkeypatch, variant, buffer_size):
+    """Also where a signal comes in the midst of an evaluation, which is then left to the resumed run."""
+    def stop_in_evaluation(*inputs, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*inputs, **options)
+
     changes = {"buffer_size": buffer_size} | ({"variant": variant} if program.name == "brc_sac" else {})
     straight = program.args(run_dir=str(program.folder / "straight"), **changes)
     stopped = program.args(run_dir=str(program.folder / "stopped"), **changes)
     program.module.train(straight)
-    program.train_until(stopped, 3 * EPISODE)
-    program.train_until(program.resumed(stopped), 2 * EPISODE)  # its own
+    evaluate = program.module.evaluate
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(program.module, "evaluate", stop_in_evaluation)
+        program.module.train(stopped)
+    assert saved(stopped)["env_step"] == 2 * EPISODE and steps_of(stopped) == []
+    program.train_until(program.resumed(stopped), 3 * EPISODE)  # its own
     assert saved(stopped)["env_step"] == 5 * EPISODE
     program.module.train(program.resumed(stopped))
     assert_same_run(straight, stopped)
@@ -159,24 +168,6 @@ def test_a_second_sigint_ends_at_once(sac):
     assert sac.run(f"{SMALL['brc_sac']} --run-dir run", prepare) == 128 + signal.SIGINT
     assert saved(sac.args())["env_step"] == 20 and "Traceback" not in sac.err
     assert sac.run("--resume run") == 0, sac.err  # the directory is free again
-
-
-def test_an_evaluation_that_a_signal_stops_is_left_to_the_resumed_run(program):
-    straight, args = program.args(run_dir=str(program.folder / "straight")), program.args()
-    program.module.train(straight)
-    at_step(EPISODE // 2, lambda: None)
-
-    def stop_in_evaluation(*inputs, **options):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(*inputs, **options)
-
-    evaluate = program.module.evaluate
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(program.module, "evaluate", stop_in_evaluation)
-        program.module.train(args)
-    assert saved(args)["env_step"] == 20 and steps_of(args) == []
-    program.module.train(program.resumed(args))
-    assert_same_run(straight, args)
 
 
 # --------------------------------------------------------------------------------------------------- damaged files
@@ -501,12 +492,6 @@ def test_only_the_allocators_errors_become_a_sentence_about_memory(sac, error, t
     code = sac.run(f"{SMALL['brc_sac']} --run-dir run", prepare)
     assert code == 1 and ("Traceback" in sac.err) != told and ("in forward" in sac.err) != told
     assert ("brc_sac.py: Out of memory: " in sac.err.splitlines()[-1]) == told
-
-
-def test_a_typo_in_the_shapes_shows_its_line(sac):
-    assert sac.run(f"{SMALL['brc_sac']} --run-dir run",
-                   lambda: setattr(brc_sac.Critic, "forward", lambda self, *inputs: torch.cat(inputs).view(3, -1))) == 1
-    assert "Traceback" in sac.err and "test_harness.py" in sac.err and "memory" not in sac.err
 
 
 @pytest.mark.parametrize(("value", "step"), [(float("nan"), 15), (float("inf"), 47)])

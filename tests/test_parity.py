@@ -101,9 +101,10 @@ def test_notices_a_wrong_number(tmp_path, name, array):
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=GPU)])
-def test_bf16_agrees_within_its_rounding(device):
-    assert failures("multitask", "bf16", False, device) == []
+@pytest.mark.parametrize(("precision", "device"), [
+    ("bf16", "cpu"), *(pytest.param(precision, "cuda:0", marks=GPU) for precision in ("bf16", "tf32", "fp32"))])
+def test_other_precisions_and_devices_agree_within_their_rounding(precision, device):
+    assert failures("multitask", precision, False, device) == []
 
 
 @pytest.mark.parametrize(("options", "message"), [

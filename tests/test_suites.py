@@ -243,14 +243,6 @@ def test_a_machine_that_cannot_draw_is_told_so(setting, library, reason, monkeyp
 
 
 # -------------------------------------------------------------------------------------------------- MetaWorld
-@pytest.mark.parametrize("task", ["reach", "push", "drawer-close", "door-close", "coffee-button"])
-def test_metaworld_goals_are_fresh_and_visible(task):
-    env = suites.make(task, seed=0)
-    goals = np.array([env.reset()[0][36:] for _ in range(5)])
-    assert len(np.unique(goals, axis=0)) == 5
-    np.testing.assert_array_equal(goals[-1], env.unwrapped._target_pos.astype(np.float32))
-
-
 @pytest.mark.parametrize("task", ["reach", "drawer-close", "button-press"])
 def test_metaworld_success_by_its_scripted_policy(task):
     from metaworld.policies import ENV_POLICY_MAP

@@ -196,27 +196,10 @@ def test_embedding_transfer_changes_the_embedding_alone_and_counts_every_transit
     assert torch.equal(start.normalizer["return_scale"], saved["normalizer"]["return_scale"][row])
     if tuned:  # what was learned, before the last trial: the first stage's end
         assert len(transfers.made) == 2 and transfers.made[1].steps == 45  # of the tuned one's trial nothing is stored
-        assert not torch.equal(start.agent.critic.embedding.weight, first)
+        critic, target = (network.embedding.weight for network in (start.agent.critic, start.agent.target))
+        assert 0 < (target - first).norm() < 0.5 * (critic - first).norm()  # the target's lags behind
     else:
         assert torch.equal(after["critic.embedding.weight"], first)
-
-
-def test_in_tune_the_targets_embedding_lags_behind(pretrained):
-    saved = checkpoint(pretrained)["agent"]
-    agent = brc_sac.Agent(brc_sac.resolve(harness.read_args(pretrained, brc_sac.Args)[0]), *saved["sizes"])
-    agent.load_state_dict(saved)
-    transfer.freeze_all_but_embedding(agent, brc_sac.optimize)
-    for _ in range(3):
-        before = deepcopy(agent.state_dict())
-        batch = brc_sac.Batch(torch.randn(8, 39), torch.rand(8, 4), torch.rand(8), torch.zeros(8), torch.randn(8, 39),
-                              torch.randint(3, (8,)))
-        _, log_prob = agent.update(batch, torch.randn(8, 4), torch.randn(8, 4))
-        assert log_prob.shape == (8,) and not log_prob.requires_grad
-        old, new = networks(before), networks(agent.state_dict())
-        changed = {name for name, value in new.items() if not torch.equal(value, old[name])}
-        critic, target = "critic.embedding.weight", "target.embedding.weight"
-        assert changed == {critic, target} and not torch.equal(new[target], new[critic])
-        torch.testing.assert_close(new[target], 0.995 * old[target] + 0.005 * new[critic])
 
 
 @pytest.mark.parametrize("tuned", [0.1, 0.9])
