@@ -1,5 +1,6 @@
 """What tests share: one thread, toy tasks that cost nothing, and programs in forked processes, which import nothing."""
 
+import csv
 import dataclasses
 import importlib
 import os
@@ -220,6 +221,20 @@ class Program:
         (line,) = self.err.splitlines()
         assert line.startswith(f"{self.name}.py: ") and line[-1] in ".?"
         return line
+
+
+def checkpoint(run_dir: Path, name: str = "checkpoint.pt") -> dict:
+    return torch.load(run_dir / name, weights_only=True)
+
+
+def read_csv(path: Path) -> list[dict]:
+    with open(path, newline="", errors="replace") as file:
+        return list(csv.DictReader(file))
+
+
+def files_under(folder: Path) -> dict:
+    """Each file and folder in it, with the time of its last change."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
 @pytest.fixture(autouse=True)

@@ -65,7 +65,7 @@ def make_run(folder, seed, values, **settings):
     args = {"exp_name": "idea", "seed": seed, "run_dir": str(folder), "tasks": list(values), "total_steps": 20,
             "learning_starts": 5, "updates_per_step": 2, "width": 64, "device": ("cpu", "cuda")[seed % 2]} | settings
     (folder / "args.json").write_text(json.dumps(args))
-    rows = [f"idea,{task},{seed},score,{10 * (n + 1)},{value}" for task in values for n, value in enumerate(values[task])]
+    rows = [f"idea,{task},{seed},score,{10 * n},{value}" for task in values for n, value in enumerate(values[task], 1)]
     (folder / "metrics.csv").write_text("\n".join(["exp_name,env_name,seed,metric,env_step,value", *rows]) + "\n")
 
 

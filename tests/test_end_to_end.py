@@ -1,6 +1,5 @@
 """The scripts as a user runs them: tiny runs on real tasks, streams that fail, and every way of being refused."""
 
-import csv
 import dataclasses
 import json
 import math
@@ -21,7 +20,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import brc_sac
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, checkpoint, files_under, read_csv
 
 SCRIPT = ROOT / "brc_sac.py"
 TINY = ("--width 32 --actor-width 16 --batch-size 32 --learning-starts 50 --total-steps 250 --eval-interval 100 "
@@ -47,35 +46,21 @@ def table(stdout: str) -> dict[str, list[str]]:
     return {line.split()[0]: line.split() for line in stdout.splitlines() if line.split()}
 
 
-@dataclasses.dataclass
-class Run:
-    path: Path
-    stdout: str
-
-    @property
-    def args(self) -> dict:
-        return json.loads((self.path / "args.json").read_text())
-
-    @property
-    def metrics(self) -> list[dict]:
-        with open(self.path / "metrics.csv", newline="") as file:
-            return list(csv.DictReader(file))
-
-    def values(self) -> dict[tuple[str, str, int], float]:
-        """(env_name, metric, env_step) -> value."""
-        return {(row["env_name"], row["metric"], int(row["env_step"])): float(row["value"]) for row in self.metrics}
-
-
-def run_of(name: str, cwd: Path) -> Run:
+def run_of(name: str, cwd: Path) -> tuple[Path, str, dict]:
+    """The directory of this run, its output, and its metrics: (env_name, metric, env_step) -> value."""
     process = brc(RUNS[name], cwd)
     assert process.returncode == 0, process.stderr
-    return Run(cwd / name if name != "single" else next((cwd / "runs").iterdir()), process.stdout)
+    path = cwd / name if name != "single" else next((cwd / "runs").iterdir())
+    rows = read_csv(path / "metrics.csv")
+    values = {(row["env_name"], row["metric"], int(row["env_step"])): float(row["value"]) for row in rows}
+    assert len(values) == len(rows)
+    return path, process.stdout, values
 
 
 @pytest.mark.parametrize("name", ["metaworld", "dmc", "single"])
 def test_a_run_leaves_its_arguments_metrics_checkpoint_logs_and_table(name, tmp_path):
-    run = run_of(name, tmp_path)
-    args, values = run.args, run.values()
+    path, stdout, values = run_of(name, tmp_path)
+    args = json.loads((path / "args.json").read_text())
     fields = {field.name for field in dataclasses.fields(brc_sac.Args)}
     assert fields <= args.keys() and {"git_commit", "hardware", "versions"} <= args.keys()
     assert args["versions"]["torch"] == torch.__version__ and "mujoco" in args["versions"]
@@ -86,14 +71,14 @@ def test_a_run_leaves_its_arguments_metrics_checkpoint_logs_and_table(name, tmp_
                     exp_name=f"brc_sac-{'-'.join(tasks)}-{variant}")
     assert {key: args[key] for key in expected} == expected
     if name == "single":
-        assert re.fullmatch(r"brc_sac-drawer-close-release__0__\d{8}-\d{6}", run.path.name)
+        assert re.fullmatch(r"brc_sac-drawer-close-release__0__\d{8}-\d{6}", path.name)
 
-    header = (run.path / "metrics.csv").read_text().splitlines()[0]
-    assert header == "exp_name,env_name,seed,metric,env_step,value"
+    assert (path / "metrics.csv").read_text().splitlines()[0] == "exp_name,env_name,seed,metric,env_step,value"
     metrics = ["return", "score"] + ["success"] * (name != "dmc")
     keys = {(task, metric, step) for task in [*tasks, "mean"] for metric in metrics for step in EVALUATED}
-    assert values.keys() == keys and len(run.metrics) == len(keys)
-    assert {(row["exp_name"], row["seed"]) for row in run.metrics} == {(args["exp_name"], str(args["seed"]))}
+    assert values.keys() == keys
+    named = {(row["exp_name"], row["seed"]) for row in read_csv(path / "metrics.csv")}
+    assert named == {(args["exp_name"], str(args["seed"]))}
     for step in EVALUATED:
         for metric in metrics:
             mean = np.mean([values[task, metric, step] for task in tasks])
@@ -102,16 +87,16 @@ def test_a_run_leaves_its_arguments_metrics_checkpoint_logs_and_table(name, tmp_
             score = values[task, "return", step] / 1000 if name == "dmc" else values[task, "success", step]
             assert values[task, "score", step] == pytest.approx(score, rel=1e-4)
 
-    assert torch.load(run.path / "checkpoint.pt", weights_only=True)["env_step"] == 250
-    assert {file.name for file in run.path.iterdir()} == {"args.json", "metrics.csv", "checkpoint.pt", "lock", "replay",
+    assert checkpoint(path)["env_step"] == 250
+    assert {file.name for file in path.iterdir()} == {"args.json", "metrics.csv", "checkpoint.pt", "lock", "replay",
                                                           "checkpoint.previous.pt", "tensorboard"}
-    rows = table(run.stdout)
+    rows = table(stdout)
     for task in [*tasks, "mean"]:
         assert float(rows[task][1]) == pytest.approx(values[task, "return", 250], abs=0.051)
         assert float(rows[task][-1]) == pytest.approx(values[task, "score", 250], abs=6e-4)
 
     # TensorBoard: losses, scales, embeddings and the same evaluations.
-    events = EventAccumulator(str(run.path / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    events = EventAccumulator(str(path / "tensorboard"), size_guidance={"scalars": 0}).Reload()
 
     def scalars(tag: str) -> dict[int, float]:
         return {event.step: event.value for event in events.Scalars(tag)}
@@ -120,31 +105,31 @@ def test_a_run_leaves_its_arguments_metrics_checkpoint_logs_and_table(name, tmp_
         logged = scalars(f"train/{tag}")
         assert list(logged) == [100, 150, 200, 250] and all(map(math.isfinite, logged.values()))
     assert scalars("train/temperature")[250] != scalars("train/temperature")[100]
-    for (task, metric, step), value in run.values().items():
+    for (task, metric, step), value in values.items():
         assert scalars(f"eval_{metric}/{task}")[step] == pytest.approx(value, rel=1e-4, abs=1e-6)
-    for task in run.args["tasks"]:
+    for task in tasks:
         scales = scalars(f"return_scale/{task}")
         # The first of MetaWorld's episodes ended at step 200; dm_control's last for 1000.
         assert math.isinf(scales[150]) and math.isinf(scales[250]) == (name == "dmc")
     if name != "single":
-        latest = max((run.path / "tensorboard").glob("*/*/tensors.tsv"), key=lambda path: int(path.parts[-3]))
+        latest = max((path / "tensorboard").glob("*/*/tensors.tsv"), key=lambda path: int(path.parts[-3]))
         vectors = np.loadtxt(latest)
         assert int(latest.parts[-3]) == 250 and vectors.shape == (2, 32)
         np.testing.assert_allclose(np.linalg.norm(vectors, 2 - (name == "metaworld"), axis=-1), 1, rtol=1e-3)
-        assert (latest.parent / "metadata.tsv").read_text().split() == run.args["tasks"]
+        assert (latest.parent / "metadata.tsv").read_text().split() == tasks
 
 
 def test_the_same_seed_gives_the_same_metrics_in_any_number_of_workers_and_at_evaluate(tmp_path):
-    run, again = run_of("metaworld", tmp_path), run_of("again", tmp_path)
-    text = [(path / "metrics.csv").read_text() for path in (run.path, again.path)]
+    (path, _, values), (again, *_) = run_of("metaworld", tmp_path), run_of("again", tmp_path)
+    text = [(run_dir / "metrics.csv").read_text() for run_dir in (path, again)]
     assert text[0].replace("brc_sac-reach-drawer-close-paper", "again") == text[1]
-    before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*")}
-    process = brc(f"--evaluate {run.path}", tmp_path)
+    before = files_under(path)
+    process = brc(f"--evaluate {path}", tmp_path)
     assert process.returncode == 0, process.stderr
     rows = table(process.stdout)
     for task in ("reach", "drawer-close", "mean"):
-        assert float(rows[task][1]) == pytest.approx(run.values()[task, "return", 250], abs=0.051)
-    assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*")} == before
+        assert float(rows[task][1]) == pytest.approx(values[task, "return", 250], abs=0.051)
+    assert files_under(path) == before
 
 
 def test_a_copy_of_the_script_in_a_folder_with_spaces_is_a_program_of_its_own(tmp_path):
@@ -174,8 +159,6 @@ def test_a_copy_of_the_script_in_a_folder_with_spaces_is_a_program_of_its_own(tm
 
 
 # ---------------------------------------------------------------------------------------------------------- faults
-
-
 LONG = ("--tasks reach drawer-close --width 32 --actor-width 16 --batch-size 32 --learning-starts 50 "
         "--total-steps 1000000 --eval-interval 200000 --eval-episodes 1 --checkpoint-interval 100 --device cpu "
         "--no-compile --workers 2 --run-dir run")
@@ -202,7 +185,7 @@ def test_a_killed_worker_ends_the_run_after_a_checkpoint_and_a_killed_run_its_wo
     os.kill(int(workers[1]) if victim == "worker" else process.pid, signal.SIGKILL)
     _, stderr = process.communicate(timeout=60)
     assert_gone(workers)
-    step = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["env_step"]
+    step = checkpoint(tmp_path / "run")["env_step"]
     if victim == "worker":
         assert process.returncode == 1 and "Traceback" not in stderr, stderr
         assert re.search(rf"the environments of drawer-close was killed by SIGKILL .*\nStopped at step {step:,}\. "
@@ -212,8 +195,6 @@ def test_a_killed_worker_ends_the_run_after_a_checkpoint_and_a_killed_run_its_wo
 
 
 # --------------------------------------------------------------------------------------------------------- streams
-
-
 ON_TOYS = """
 import runpy, sys
 sys.path[:0] = [{root!r}, {tests!r}]
@@ -238,7 +219,7 @@ def test_a_run_whose_output_nobody_takes_ends_well(toys, tmp_path, shell):
                              text=True, timeout=300)
     assert process.returncode == 0, process.stderr
     assert "Exception" not in process.stderr and "Traceback" not in process.stderr and "Errno" not in process.stderr
-    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["env_step"] == 80
+    assert checkpoint(tmp_path / "run")["env_step"] == 80
     assert (tmp_path / "run" / "metrics.csv").read_text().count("mean,0,score") == 4
 
 
@@ -251,7 +232,7 @@ def test_a_run_goes_on_when_its_terminal_goes_away(toys, tmp_path):
         pass
     os.close(ours)
     assert process.wait(timeout=120) == 0
-    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["env_step"] == 80
+    assert checkpoint(tmp_path / "run")["env_step"] == 80
 
 
 SCRIPTS = [path for pattern in ("*.py", "benchmarks/*.py", "ablations/*.py") for path in sorted(ROOT.glob(pattern))
@@ -279,8 +260,6 @@ def test_help_lists_the_flags_without_importing_torch_or_a_simulator(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------- command line
-
-
 BOUNDS = [
     *((name, value, "at least 1") for value in (0, -3) for name in (
         "width", "eval_interval", "eval_episodes", "log_interval", "checkpoint_interval", "batch_size",
@@ -328,7 +307,7 @@ def test_what_is_no_argument_is_refused(sac, arguments):
 
 def test_what_a_run_learned_with_cannot_change_at_resume(program):
     assert program.run(f"{SMALL[program.name]} --total-steps 25 --run-dir run") == 0, program.err
-    before = {file: file.stat().st_mtime_ns for file in (program.folder / "run").rglob("*")}
+    before = files_under(program.folder / "run")
     resume = program.refused("--resume run --batch-size 64")
     assert "--batch-size is 8 in run and cannot become 64: beside --resume only --total-steps, --device" in resume
     assert "--eval-episodes" not in resume and "--resume," not in resume and "--run-dir" not in resume
@@ -336,7 +315,7 @@ def test_what_a_run_learned_with_cannot_change_at_resume(program):
     evaluate = program.refused("--evaluate run --batch-size 64")
     assert "beside --evaluate only" in evaluate and ", --eval-episodes may change." in evaluate
     assert program.run("--evaluate run --eval-episodes 3") == 0 and "3 episodes" in program.out, program.err
-    assert {file: file.stat().st_mtime_ns for file in (program.folder / "run").rglob("*")} == before
+    assert files_under(program.folder / "run") == before
 
 
 @pytest.mark.parametrize("held", ["metrics.csv", ".hidden", "replay/rows.bin", "lock"])

@@ -1,6 +1,5 @@
 """harness.py under both agents on toy tasks: exact resume, kills, signals, damaged files, failing disks, sentences."""
 
-import csv
 import errno
 import gc
 import json
@@ -20,7 +19,7 @@ import torch
 
 import brc_sac
 import harness
-from conftest import EPISODE, SMALL, Toys, at_step
+from conftest import EPISODE, SMALL, Toys, at_step, checkpoint, read_csv
 
 
 def run_dir(args) -> Path:
@@ -28,13 +27,12 @@ def run_dir(args) -> Path:
 
 
 def saved(args, name: str = "checkpoint.pt") -> dict:
-    return torch.load(run_dir(args) / name, weights_only=True)
+    return checkpoint(run_dir(args), name)
 
 
 def steps_of(args) -> list[int]:
     """The steps of the evaluations in metrics.csv, each of which is complete."""
-    with open(run_dir(args) / "metrics.csv", newline="", errors="replace") as file:
-        rows = [row for row in csv.DictReader(file) if row["env_step"] and row["env_step"].isdigit()]
+    rows = [row for row in read_csv(run_dir(args) / "metrics.csv") if row["env_step"] and row["env_step"].isdigit()]
     metrics = {row["metric"] for row in rows}
     steps = [int(row["env_step"]) for row in rows if (row["env_name"], row["metric"]) == ("mean", "score")]
     for step in steps:
@@ -69,8 +67,6 @@ def assert_same_run(ours, theirs) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- exact resume
-
-
 @pytest.mark.parametrize(("variant", "buffer_size"), [("paper", 1000), ("paper", 50), ("release", 50)])
 def test_a_resumed_run_equals_one_that_never_stopped(program, monkeypatch, variant, buffer_size):
     """Also where a signal comes in the midst of an evaluation, which is then left to the resumed run."""
@@ -130,8 +126,6 @@ def test_a_run_that_is_killed_at_random_moments_is_complete_in_the_end(program, 
 
 
 # --------------------------------------------------------------------------------------------------------- signals
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("step", [0, 27])
 def test_a_signal_stops_the_run_with_a_checkpoint(sac, number, step):
@@ -171,8 +165,6 @@ def test_a_second_sigint_ends_at_once(sac):
 
 
 # --------------------------------------------------------------------------------------------------- damaged files
-
-
 def nothing_left(content: bytes) -> bytes:
     return b""
 
@@ -285,8 +277,6 @@ def test_foreign_files_stay_and_cost_nothing(sac, finished, capsys):
 
 
 # --------------------------------------------------------------------------------------------------- failing disks
-
-
 def at_steps(actions: dict) -> None:
     """What the training environments do in each of these steps, once."""
     Toys.hook = staticmethod(lambda env: actions.pop(env.steps, lambda: None)())
@@ -384,8 +374,6 @@ def test_an_old_run_directory_is_refused_in_one_sentence(program, finished):
 
 
 # ----------------------------------------------------------------------------------------------- rows and args.json
-
-
 DAMAGED = (b"\x93\xff\0\xfe", b"\0" * 300, b"test,reach,0", b'"', b"test,mean,0,score,80", b"\n,,,", b"a,b,c,d,e,f",
            b'"test,reach', b"test,mean,0,score,\xb2,1")
 
@@ -410,8 +398,7 @@ def test_any_name_of_an_experiment_stays_one_field(sac, exp_name):
     args = sac.args(exp_name=exp_name)
     sac.train_until(args, 45)
     sac.module.train(sac.resumed(args))
-    with open(run_dir(args) / "metrics.csv", newline="") as file:
-        assert {row["exp_name"] for row in csv.DictReader(file)} == {exp_name}
+    assert {row["exp_name"] for row in read_csv(run_dir(args) / "metrics.csv")} == {exp_name}
     assert steps_of(args) == [20, 40, 60, 80]
 
 
@@ -440,8 +427,6 @@ def test_runs_in_weights_and_biases_have_ids_of_their_own_that_a_resume_keeps(sa
 
 
 # ------------------------------------------------------------------------------------------------------- ownership
-
-
 def test_two_new_runs_in_one_second_have_a_directory_each(sac):
     flags = SMALL["brc_sac"].replace("--total-steps 80", "--total-steps 25")
     fixed = lambda: setattr(harness.time, "strftime", lambda form: "20000101-000000")  # noqa: E731
@@ -477,8 +462,6 @@ def test_of_two_runs_that_want_one_directory_at_once_one_gets_it(sac):
 
 
 # ---------------------------------------------------------------------------------------------------------- faults
-
-
 @pytest.mark.parametrize(("error", "told"), [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True), (MemoryError("no more"), True),
     (RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"), True),
