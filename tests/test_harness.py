@@ -19,7 +19,7 @@ import torch
 
 import brc_sac
 import harness
-from conftest import EPISODE, SMALL, Toys, at_step, checkpoint, read_csv
+from conftest import EPISODE, SMALL, Toys, at_step, at_steps, checkpoint, read_csv
 
 
 def run_dir(args) -> Path:
@@ -165,22 +165,14 @@ def test_a_second_sigint_ends_at_once(sac):
 
 
 # --------------------------------------------------------------------------------------------------- damaged files
-def nothing_left(content: bytes) -> bytes:
-    return b""
-
-
-def cut_off(content: bytes) -> bytes:
-    return content[:len(content) // 2]
-
-
 def flipped_bit(content: bytes) -> bytes:
     middle = len(content) // 2 if content[:2] == b"PK" else len(content) * 7 // 8  # what only the last checkpoint needs
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:]
 
 
-def torn(content: bytes) -> bytes:
-    """The length is right, but the last blocks never reached the disk."""
-    return content[:len(content) * 7 // 8].ljust(len(content), b"\0")
+DAMAGE = {"gone": None, "empty": lambda content: b"", "cut off": lambda content: content[:len(content) // 2],
+          "flipped bit": flipped_bit,  # and torn: the last blocks never reached the disk
+          "torn": lambda content: content[:len(content) * 7 // 8].ljust(len(content), b"\0")}
 
 
 @pytest.fixture(scope="module")
@@ -198,18 +190,18 @@ def finished(tmp_path_factory):
     return copy
 
 
-@pytest.mark.parametrize("damage", [nothing_left, cut_off, flipped_bit, torn, None])
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_file_falls_back_to_the_previous_checkpoint(sac, finished, damage, capsys):
     args = finished(sac)
     files = [run_dir(args) / "checkpoint.pt", *(run_dir(args) / "replay").iterdir()]
     for path in files:
         good = path.read_bytes()
-        if damage:
-            path.write_bytes(damage(good))
+        if DAMAGE[damage]:
+            path.write_bytes(DAMAGE[damage](good))
         else:
             path.unlink()
         # A file that the previous checkpoint needs too, and that is gone or cut before its end, is refused by name.
-        lost = path.parent.name == "replay" and damage in (nothing_left, cut_off, None)
+        lost = path.parent.name == "replay" and damage in ("gone", "empty", "cut off")
         capsys.readouterr()
         if lost:
             with pytest.raises(harness.UsageError, match=f"(?s)No complete checkpoint in .*{path.name}"):
@@ -251,7 +243,7 @@ def test_where_both_checkpoints_are_damaged_one_sentence_says_so(program, finish
     assert re.search(rf"No complete checkpoint in run: .*{piece.name} fail their checksum", refusal)
     assert program.run("--evaluate run") == 0, program.err  # which needs no replay
     for name in ("checkpoint.pt", "checkpoint.previous.pt"):
-        (run_dir(args) / name).write_bytes(cut_off((run_dir(args) / name).read_bytes()))
+        (run_dir(args) / name).write_bytes(b"PK")
     for arguments in ("--resume run", "--evaluate run"):
         assert "No complete checkpoint in run" in program.refused(arguments)
 
@@ -277,11 +269,6 @@ def test_foreign_files_stay_and_cost_nothing(sac, finished, capsys):
 
 
 # --------------------------------------------------------------------------------------------------- failing disks
-def at_steps(actions: dict) -> None:
-    """What the training environments do in each of these steps, once."""
-    Toys.hook = staticmethod(lambda env: actions.pop(env.steps, lambda: None)())
-
-
 def limit_files(size: int) -> None:
     """From now on the kernel refuses to write to a file of this process behind `size` bytes, as a full disk does."""
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
