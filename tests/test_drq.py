@@ -348,24 +348,19 @@ def test_evaluation_plays_exactly_as_many_episodes(episodes, played, returns):
     assert brc_drq.evaluate(agent, Lengths(("Pong", "Breakout")), 1, 1, stop=lambda: True) == ([], [])
 
 
-@pytest.fixture
-def args(monkeypatch, tmp_path) -> Args:
-    """Of a run of 80 steps on two fake games with episodes of 10, and an evaluation every 20."""
-    monkeypatch.setattr(brc_drq, "Games", FakeGames)
-    return make_args(run_dir=str(tmp_path / "run"), eval_interval=20, log_interval=40, batch_size=4)
-
-
 @pytest.mark.parametrize("clip", [True, False])
-def test_what_is_learned_from_are_clipped_rewards_and_lives(args, clip):
+def test_what_is_learned_from_are_clipped_rewards_and_lives(monkeypatch, tmp_path, clip):
     """The loop's own part: clipping, lives that end the normaliser's episode, and a bootstrap in raw units."""
+    args = make_args(run_dir=str(tmp_path / "run"), eval_interval=20, log_interval=40, batch_size=4, clip_rewards=clip)
     seen, observe = [], ReturnNormalizer.observe
+    monkeypatch.setattr(brc_drq, "Games", FakeGames)
 
     def spy(self, reward, terminated, truncated, last_value=None):
         seen.append((set(reward.tolist()), terminated.all(), truncated.all(), last_value))
         observe(self, reward, terminated, truncated, last_value)
 
     with mock.patch.object(ReturnNormalizer, "observe", spy):
-        brc_drq.train(dataclasses.replace(args, clip_rewards=clip))
+        brc_drq.train(args)
     assert set().union(*(rewards for rewards, *_ in seen)) == {1.0 if clip else 3.0, -1.0}
     for fate, steps in ((1, range(7, 81, 10)), (2, range(10, 81, 10))):  # a life lost, a time limit
         assert [step for step, row in enumerate(seen, 1) if row[fate]] == list(steps)
