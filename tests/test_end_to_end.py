@@ -1,6 +1,7 @@
 """The scripts as a user runs them: tiny runs on real tasks, streams that fail, and every way of being refused."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -261,24 +262,22 @@ def test_help_lists_the_flags_without_importing_torch_or_a_simulator(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------- command line
-BOUNDS = [
-    *((name, value, "at least 1") for value in (0, -3) for name in (
-        "width", "eval_interval", "eval_episodes", "log_interval", "checkpoint_interval", "batch_size",
-        "updates_per_step", "learning_starts", "buffer_size", "critic_depth", "actor_depth", "actor_width",
-        "embedding_dim")),
-    ("total_steps", -3, "at least 0"), ("num_atoms", 1, "2"), ("seed", -1, "0"), ("workers", -1, "0"),
-    ("gamma", 1.0, ""), ("gamma", -0.1, "0"), ("gamma", float("nan"), "0"),
-    ("tau", 1.5, "1"), ("tau", -0.5, "0"), ("weight_decay", -1e-4, "0"),
-    ("learning_rate", 0.0, ""), ("learning_rate", float("nan"), ""), ("learning_rate", float("inf"), ""),
-    ("v_max", -10.0, ""), ("v_max", float("inf"), ""), ("init_temperature", 0.0, ""),
-]
+BOUNDS = {  # arguments, and values beside their ranges
+    "width critic_depth actor_depth actor_width embedding_dim batch_size updates_per_step learning_starts buffer_size "
+    "eval_interval eval_episodes log_interval checkpoint_interval": (0, -3),
+    "total_steps seed workers": (-1,), "num_atoms": (1,), "weight_decay": (-1e-4,),
+    "gamma": (1.0, -0.1, math.nan), "tau": (1.5, -0.5),
+    "learning_rate v_max init_temperature": (0.0, -10.0, math.nan, math.inf),
+}
 
 
-@pytest.mark.parametrize(("name", "value", "bound"), BOUNDS)
-def test_every_number_has_its_range(name, value, bound):
-    with pytest.raises(brc_sac.UsageError) as refusal:
-        brc_sac.resolve(brc_sac.Args(**{name: value}))
-    assert re.match(rf"--{name.replace('_', '-')} is {value}: give [^\n]*{bound}.*\.$", str(refusal.value))
+@pytest.mark.parametrize(("names", "values"), BOUNDS.items())
+def test_every_number_has_its_range(names, values):
+    for name, value in itertools.product(names.split(), values):
+        with pytest.raises(brc_sac.UsageError) as refusal:
+            brc_sac.resolve(brc_sac.Args(**{name: value}))
+        flag = name.replace("_", "-")
+        assert re.fullmatch(rf"--{flag} is {value}: give a number of at least [^\n]*\d\.", str(refusal.value))
 
 
 REFUSED = {

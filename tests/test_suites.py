@@ -115,19 +115,14 @@ def test_score(task):
 
 
 # ----------------------------------------------------------------------------------------------- environments
-HAND = dict.fromkeys((task for task in humanoidbench.RETURNS if task.startswith("h1hand")), 151) | {
-    f"h1hand-{name}": size for name, size in {
-        "sit_hard": 164, "balance_simple": 164, "balance_hard": 177, "reach": 157, "spoon": 167, "window": 171,
-        "insert_small": 190, "insert_normal": 190, "bookshelf_simple": 308, "bookshelf_hard": 308, "truck": 216,
-        "powerlift": 164, "room": 229, "door": 155, "basketball": 164, "push": 163, "cabinet": 213}.items()
-}  # fmt: skip
 DIMS = (
     dict.fromkeys(metaworld.TASKS, (39, 4))
     | dict.fromkeys(dmc.TASKS_30 + suites.SUITES["dmc-dogs"].tasks + suites.SUITES["dmc-humanoids"].tasks)
     | dict.fromkeys(("quadruped-escape", "lqr-lqr_2_1", "humanoid_CMU-walk", "swimmer-swimmer15"))
     | {"dog-run": (223, 38), "humanoid-run": (67, 21), "reacher-three_easy": (8, 3), "reacher-three_hard": (8, 3),
        "walker-walk_backwards": (24, 6), "cheetah-jump": (17, 6)}
-    | dict.fromkeys(humanoidbench.H1, (51, 19)) | {task: (size, 61) for task, size in HAND.items()}
+    | dict.fromkeys(humanoidbench.RETURNS) | dict.fromkeys(humanoidbench.H1, (51, 19))
+    | {"h1hand-walk": (151, 61), "h1hand-truck": (216, 61), "h1hand-bookshelf_hard": (308, 61)}
     | dict.fromkeys(shadowhand.TASKS + shadowhand.TRANSFER, (68, 20))
 )  # fmt: skip
 SUCCEED = (*metaworld.TASKS, *shadowhand.TASKS, *shadowhand.TRANSFER, *(f"h1hand-{name}" for name in (
