@@ -1,5 +1,6 @@
 """What tests share: one thread, toy tasks that cost nothing, and programs in forked processes, which import nothing."""
 
+import csv
 import dataclasses
 import importlib
 import os
@@ -20,6 +21,7 @@ import gymnasium as gym  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import tyro  # noqa: E402
 
 import harness  # noqa: E402
 import suites  # noqa: E402
@@ -104,10 +106,37 @@ class Toys:
     hook: Callable = staticmethod(lambda env: None)
 
 
+def at_steps(actions: dict[int, Callable[[], object]]) -> None:
+    """What the training environments do in each of these steps, once."""
+    Toys.hook = staticmethod(lambda env: actions.pop(env.steps, lambda: None)())
+
+
 def at_step(step: int, action: Callable[[], object]) -> None:
-    """Makes the training environments do `action` once, in their step number `step`."""
-    pending = [action]
-    Toys.hook = staticmethod(lambda env: pending.pop()() if env.steps == step and pending else None)
+    at_steps({step: action})
+
+
+def make_env(task: str, seed: int = 0, **options) -> gym.Env:
+    """suites.make; skips the test where what the task needs is not installed."""
+    try:
+        suites.check((task,))
+    except suites.SuiteError as error:
+        pytest.skip(f"not installed ({error})")
+    return suites.make(task, seed, **options)
+
+
+def episode(env: gym.Env, steps: int, seed: int | None = None, after_reset: Callable[[], object] = lambda: None
+            ) -> np.ndarray:
+    """All that `steps` fixed pseudo-random actions lead to, over as many episodes as it takes, flattened."""
+    env.action_space.seed(0)
+    trace = [env.reset(seed=seed)[0].ravel()]
+    after_reset()
+    for _ in range(steps):
+        obs, reward, terminated, truncated, info = env.step(env.action_space.sample())
+        numbers = [reward, terminated, truncated, info.get("success", 0.0), info.get("lives", 0)]
+        trace += [obs.ravel(), numbers]
+        if terminated or truncated:
+            trace.append(env.reset()[0].ravel())
+    return np.concatenate(trace)
 
 
 @dataclasses.dataclass
@@ -123,13 +152,9 @@ class Program:
 
     def args(self, **changes):
         """Arguments of the small run, resolved, in <folder>/run."""
-        flags = SMALL[self.name].split()
-        tasks = flags[1:3]
-        given = {flag[2:].replace("-", "_"): value for flag, value in zip(flags[3::2], flags[4::2])}
-        numbers = {name: value if name == "device" else float(value) if "." in value else int(value)
-                   for name, value in given.items()}
-        defaults = dict(tasks=tuple(tasks), exp_name="test", run_dir=str(self.folder / "run"), **numbers)
-        return self.module.resolve(dataclasses.replace(self.module.Args(), **defaults | changes))
+        given = tyro.cli(self.module.Args, args=SMALL[self.name].split())
+        changes = {"exp_name": "test", "run_dir": str(self.folder / "run")} | changes
+        return self.module.resolve(dataclasses.replace(given, **changes))
 
     def resumed(self, args, **changes):
         return self.module.resolve(dataclasses.replace(args, resume=args.run_dir, **changes))
@@ -198,6 +223,20 @@ class Program:
         return line
 
 
+def checkpoint(run_dir: Path, name: str = "checkpoint.pt") -> dict:
+    return torch.load(run_dir / name, weights_only=True)
+
+
+def read_csv(path: Path) -> list[dict]:
+    with open(path, newline="", errors="replace") as file:
+        return list(csv.DictReader(file))
+
+
+def files_under(folder: Path) -> dict:
+    """Each file and folder in it, with the time of its last change."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
 @pytest.fixture(autouse=True)
 def as_a_program(monkeypatch):
     """Every test has the script's name, the default signal handlers and the default random state of its own."""
@@ -211,16 +250,8 @@ def as_a_program(monkeypatch):
     Toys.hook = staticmethod(lambda env: None)
 
 
-def agent_module(name: str):
-    """brc_sac or brc_drq; skips the test where it does not stand on harness.py."""
-    module = importlib.import_module(name)
-    if not hasattr(module, "harness"):
-        pytest.skip(f"{name} is not on harness.py yet")
-    return module
-
-
 def on_toys(name: str, tmp_path: Path, monkeypatch) -> Program:
-    module = agent_module(name)
+    module = importlib.import_module(name)
     monkeypatch.setattr(harness, "PROGRAM", Path(f"{name}.py"))
     monkeypatch.setattr(suites, "make", lambda task, seed, render_mode=None, **_: Pendulum())
     monkeypatch.setattr(suites, "check_rendering", lambda tasks: None)

@@ -13,22 +13,18 @@ Three kinds of file are told apart by their keys; sizes and seeds are read from 
     units       AdamW, temperature, LayerNorm, embedding and projection on edge cases           units.npz
     normalizer  traces of the return normaliser                                            normalizer.npz
 
-Prints a row per quantity. `max abs error` is over all entries and `max rel` is that over the largest reference entry;
+Prints a row per quantity. `max abs error` is over all entries and `max rel` that over the largest reference entry;
 `tolerance` is that of the worst entry, the one that uses most of its own, and `used` the share that it uses. Exits 1 if
 any row is out, 2 with one sentence if a file cannot be read.
 
 Every entry has its own tolerance: what float32 leaves undetermined, on any processor, see RandomRounding. So an entry
-that is known to seven digits is held to seven digits, next to one that is the rest of a cancellation.
+that is known to seven digits is held to seven digits, next to one that is the rest of a cancellation. A compiled
+update, or one on a GPU, is held to the same in what can be seen from outside; one in bf16 or tf32 to LOW_PRECISION.
 
 Adam's first steps are nearly sign(gradient): m / (sqrt(v) + 1e-8) turns the rounding of a gradient that is little else
 than rounding into a step of any size up to the learning rate, in either direction. Therefore an update is compared in
 two parts: the agent's gradients with the file's, and then its optimisers' steps, which start from the file's
-gradients. What is left to a parameter is the rounding of one step, and nothing uncertain reaches the second update.
-`official_after2` is the whole: two updates without that, whose tolerances come from such updates too, the rounding of
-gradients through AdamW.
-
-A compiled update, or one on a GPU, is held to the same tolerances, in what can be seen from outside: losses, gradients
-and parameters. So is one in bf16 or tf32, to LOW_PRECISION.
+gradients. `official_after2` is the whole: two updates without that, whose tolerances come from such updates too.
 """
 
 import argparse
@@ -40,7 +36,8 @@ import sys
 import zipfile
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Callable, NamedTuple
+from dataclasses import replace
+from typing import Callable, Iterable, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -54,19 +51,18 @@ import brc_sac
 import devices
 from harness import UsageError
 
-RELEASE = {"variant": "release", "embedding_norm": "l2"}  # the vectors come from the authors' code
+RELEASE = brc_sac.resolve(brc_sac.Args(variant="release"))  # the vectors come from the authors' code
 STEPS = ["critic", "Polyak", "actor", "temperature", "end"]  # of an update, in this order
 ADAMW = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 1e-4}
+OPTIMIZERS = {"critic AdamW": ADAMW, "actor AdamW": ADAMW,
+              "temperature Adam": ADAMW | {"beta1": 0.5, "weight_decay": 0.0}}
 # How far an update whose matrix products are rounded to 8 or 11 bits may be off: L2 error over L2 norm of each tensor,
 # of gradients and their norm, and of all else (losses, log-probabilities). The vectors' networks are small: a hard case.
 # On an H200 in tf32 a gradient is off by 0.045, and by the same to three digits on a CPU whose products' inputs are
 # rounded to 11 bits: it is that rounding and nothing else. bf16 is for the critics' bodies, tf32 for every product.
 LOW_PRECISION = {"bf16": (0.2, 0.01), "tf32": (0.1, 0.00125)}
-TEMPERATURE_ADAM = {"beta1": 0.5, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
 
 # ---------------------------------------------------------------------------------------------------- files and rows
-
-
 class Vectors:
     """The arrays of one file; remembers which were read, so that none is left out unnoticed."""
 
@@ -202,8 +198,6 @@ def measure(observe: Callable[[], dict[str, Tensor]]) -> tuple[dict, dict]:
 
 
 # ------------------------------------------------------------------------------------------- parameters by their names
-
-
 def reference_name(name: str) -> str:
     """The file's name of a parameter: critic.members.0.0.blocks.1.ln2.weight -> critic.0.block2.ln2.scale."""
     name = re.sub(r"members\.(\d)\.0\.", r"\1.", name)
@@ -234,8 +228,8 @@ def fresh_agent(vectors: Vectors, device: str = "cpu", precision: str = "fp32", 
     tasks = vectors["init/critic.embedding"].shape if "critic.embedding" in init else (1, 32)
     depth = {net: sum(name.startswith(f"{net}.block") and name.endswith("dense1.bias") for name in init)
              for net in ("critic.0", "actor")}
-    args = brc_sac.Args(
-        **RELEASE, width=len(vectors["init/critic.0.dense0.bias"]), critic_depth=depth["critic.0"],
+    args = replace(
+        RELEASE, width=len(vectors["init/critic.0.dense0.bias"]), critic_depth=depth["critic.0"],
         actor_width=len(vectors["init/actor.dense0.bias"]), actor_depth=depth["actor"], embedding_dim=tasks[1],
         batch_size=vectors["batch/observations"].shape[1], num_atoms=len(vectors["init/critic.0.out.bias"]),
         v_max=float(vectors["cfg/v_max"]), precision=precision, compile=compile,
@@ -256,8 +250,6 @@ def load_parameters(agent: brc_sac.Agent, vectors: Vectors) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- recording
-
-
 class Call(NamedTuple):
     """One call of a function or network: its arguments, its result, and the torch operations inside."""
 
@@ -314,8 +306,6 @@ def recorded(agent: brc_sac.Agent):
 
 
 # -------------------------------------------------------------------------------------------------- kind 1: updates
-
-
 def read_batch(vectors: Vectors, u: int) -> tuple[brc_sac.Batch, Tensor, Tensor]:
     """What update u = 0, 1, ... takes: its batch, whose rewards are normalised already, and both noises."""
     batch = brc_sac.Batch(
@@ -453,47 +443,45 @@ def check_updates(vectors: Vectors, precision: str = "fp32", compile: bool = Fal
             continue
         if name.endswith("norm"):  # only the release adds up all parameters in float32
             network = agent.critic if "critic" in name else agent.actor
-            allowed = (100 + sum(p.numel() for p in network.parameters()) ** 0.5) * 2.0**-24 * reference
+            allowed = (100 + count(network.parameters()) ** 0.5) * 2.0**-24 * reference
         rows.append(compare(name, value, reference, allowed))
     return rows
+
+
+def count(parameters: Iterable[Tensor]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def check_settings(vectors: Vectors, agent: brc_sac.Agent) -> list[Row]:
     """The file's cfg/* and the constants of the authors' optimisers, against the agent's."""
     masks, task_ids = vectors["batch/masks"], vectors["batch/task_ids"]
+    optimizers = {name: getattr(agent, f"{name}_optimizer").param_groups for name in ("critic", "actor", "temperature")}
     settings = {
-        "cfg/discount": agent.args.gamma, "cfg/tau": agent.args.tau, "cfg/target_entropy": agent.target_entropy,
-        "cfg/num_bins": len(agent.critic.atoms), "cfg/v_max": agent.critic.atoms[-1].item(),
-        "cfg/num_tasks": agent.num_tasks, "cfg/act_dim": agent.sizes[1],
-        "cfg/obs_dim": vectors["batch/next_observations"].shape[-1],
-        "cfg/width_critic": agent.critic.members[0][0].dense0.out_features,
-        "cfg/width_actor": agent.actor.body.dense0.out_features, "cfg/batch": len(masks[0]),
-        "cfg/actor_lr": agent.actor_optimizer.param_groups[0]["lr"],
-        "cfg/critic_lr": agent.critic_optimizer.param_groups[0]["lr"],
-        "cfg/temp_lr": agent.temperature_optimizer.param_groups[0]["lr"],
+        "discount": agent.args.gamma, "tau": agent.args.tau, "target_entropy": agent.target_entropy,
+        "num_bins": len(agent.critic.atoms), "v_max": agent.critic.atoms[-1].item(),
+        "num_tasks": agent.num_tasks, "act_dim": agent.sizes[1],
+        "obs_dim": vectors["batch/next_observations"].shape[-1],
+        "width_critic": agent.critic.members[0][0].dense0.out_features,
+        "width_actor": agent.actor.body.dense0.out_features, "batch": len(masks[0]),
+        "actor_lr": optimizers["actor"][0]["lr"], "critic_lr": optimizers["critic"][0]["lr"],
+        "temp_lr": optimizers["temperature"][0]["lr"],
     }
-    rows = [compare(name, value, vectors[name], 1e-6 * abs(vectors[name])) for name, value in settings.items()]
-    rows += check_optimizer("critic AdamW", agent.critic_optimizer, ADAMW, agent.critic)
-    rows += check_optimizer("actor AdamW", agent.actor_optimizer, ADAMW, agent.actor)
-    rows += check_optimizer("temperature Adam", agent.temperature_optimizer, TEMPERATURE_ADAM)
+    rows = [compare(f"cfg/{name}", value, vectors[f"cfg/{name}"], 1e-6 * abs(vectors[f"cfg/{name}"]))
+            for name, value in settings.items()]
+    for name, constants in OPTIMIZERS.items():
+        network, held = name.split()[0], 0
+        for group in optimizers[network]:
+            given = {"beta1": group["betas"][0], "beta2": group["betas"][1], **group}
+            held += count(group["params"])
+            rows += [compare(f"{name} {key}", given[key], value, 1e-6 * value) for key, value in constants.items()]
+        if network != "temperature":  # every parameter of the network, without a mask
+            rows.append(compare(f"{name} parameters", held, count(getattr(agent, network).parameters()), 0.0))
     norms = [module.eps for network in (agent.critic, agent.target, agent.actor) for module in network.modules()
              if isinstance(module, torch.nn.LayerNorm)]
     rows.append(compare("LayerNorm eps", norms, np.full(len(norms), 1e-6), 1e-12))
     # Inputs that must be exact: a mask is 0 or 1, a task is one of the file's.
     rows.append(compare("batch/masks are 0 or 1", masks, masks.round().clip(0, 1), 0.0))
     return rows + [compare("batch/task_ids are tasks", task_ids, task_ids.clip(0, agent.num_tasks - 1), 0.0)]
-
-
-def check_optimizer(name: str, optimizer, constants: dict, network: torch.nn.Module | None = None) -> list[Row]:
-    """The constants of an optimiser, and that it holds every parameter of its network, without a mask."""
-    rows = []
-    for group in optimizer.param_groups:
-        given = {"beta1": group["betas"][0], "beta2": group["betas"][1], **group}
-        rows += [compare(f"{name} {key}", given[key], value, 1e-6 * value) for key, value in constants.items()]
-    if network:
-        held = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
-        rows.append(compare(f"{name} parameters", held, sum(p.numel() for p in network.parameters()), 0.0))
-    return rows
 
 
 def check_initialisers(vectors: Vectors, agent: brc_sac.Agent) -> list[Row]:
@@ -530,65 +518,49 @@ def check_normal(name: str, table: np.ndarray) -> Row:
 
 
 # ---------------------------------------------------------------------------------------------------- kind 2: units
-
-
-def observe_adamw(vectors: Vectors, case: str) -> dict[str, Tensor]:
-    """A scripted sequence of gradients through the agent's optimiser."""
-    parameter = torch.nn.Parameter(vectors.tensor(f"{case}/param0"))
-    args = brc_sac.Args(**RELEASE, learning_rate=float(vectors[f"{case}/lr"]))
-    optimizer = brc_sac.make_adamw([parameter], args)
-    steps = []
-    for gradient in vectors.tensor(f"{case}/grads"):
-        brc_sac.optimize(optimizer, (parameter * gradient).sum())
+def trace(parameter: torch.nn.Parameter, optimizer, losses: Iterable[Callable[[], Tensor]]) -> tuple[Tensor, Tensor]:
+    """A step for each loss; returns the losses, and the parameter after each step."""
+    values, steps = [], []
+    for loss in losses:
+        values.append(loss())
+        brc_sac.optimize(optimizer, values[-1])
         steps.append(parameter.detach().clone())
-    return {f"{case}/params": torch.stack(steps)}
+    return torch.stack(values).detach(), torch.stack(steps)
 
 
-def observe_temperature(vectors: Vectors) -> dict[str, Tensor]:
-    log_temperature = torch.nn.Parameter(vectors.tensor("temp/log_temp0"))
-    optimizer = brc_sac.make_temperature_adam(log_temperature, brc_sac.Args(**RELEASE))
-    target_entropy, losses, steps = float(vectors["temp/target_entropy"]), [], []
-    for entropy in vectors.tensor("temp/entropies"):
-        loss = brc_sac.temperature_loss(log_temperature, entropy, target_entropy)
-        brc_sac.optimize(optimizer, loss)
-        losses.append(loss.detach())
-        steps.append(log_temperature.detach().clone())
-    return {"temp/losses": torch.stack(losses), "temp/log_temps": torch.stack(steps)}
-
-
-def observe_layers(vectors: Vectors) -> dict[str, Tensor]:
+def observe_units(vectors: Vectors, atoms: Tensor, cases: list[str]) -> dict[str, Tensor]:
+    """Adam on scripted entropies and gradients; a layer norm, an embedding and a projection on edge cases."""
+    alpha, target_entropy = torch.nn.Parameter(vectors.tensor("temp/log_temp0")), float(vectors["temp/target_entropy"])
+    adam = brc_sac.make_temperature_adam(alpha, RELEASE)
+    losses, log_temps = trace(alpha, adam, [functools.partial(brc_sac.temperature_loss, alpha, entropy, target_entropy)
+                                            for entropy in vectors.tensor("temp/entropies")])
     norm = brc_sac.layer_norm(vectors["layernorm/x"].shape[-1])
     embedding = brc_sac.TaskEmbedding(*vectors["embedding/table"].shape, "l2")
-    with torch.no_grad():
-        norm.weight.copy_(vectors.tensor("layernorm/scale"))
-        norm.bias.copy_(vectors.tensor("layernorm/bias"))
-        embedding.weight.copy_(vectors.tensor("embedding/table"))
-    return {"layernorm/y": norm(vectors.tensor("layernorm/x")),
-            "embedding/out": embedding(vectors.tensor("embedding/ids").long())}
-
-
-def observe_projection(vectors: Vectors, atoms: Tensor) -> dict[str, Tensor]:
+    for parameter, name in ((norm.weight, "layernorm/scale"), (norm.bias, "layernorm/bias"),
+                            (embedding.weight, "embedding/table")):
+        parameter.data.copy_(vectors.tensor(name))
+    values = {"temp/losses": losses, "temp/log_temps": log_temps, "layernorm/y": norm(vectors.tensor("layernorm/x")),
+              "embedding/out": embedding(vectors.tensor("embedding/ids").long())}
     probs = vectors.tensor("projection/next_probs")
     batch = brc_sac.Batch(obs=None, action=None, reward=vectors.tensor("projection/rewards"),
                           terminated=1 - vectors.tensor("projection/masks"), next_obs=None, task_id=None)
     positions = brc_sac.target_positions(batch, vectors.tensor("projection/log_probs"),
                                          vectors.tensor("projection/temperature"), atoms, brc_sac.Args.gamma)
-    return {"projection/target_probs": brc_sac.project_categorical(probs, positions, atoms)}
+    values["projection/target_probs"] = brc_sac.project_categorical(probs, positions, atoms)
+    for case in cases:
+        parameter = torch.nn.Parameter(vectors.tensor(f"{case}/param0"))
+        adamw = brc_sac.make_adamw([parameter], replace(RELEASE, learning_rate=float(vectors[f"{case}/lr"])))
+        values[f"{case}/params"] = trace(parameter, adamw, [lambda x=gradient: (parameter * x).sum()
+                                                            for gradient in vectors.tensor(f"{case}/grads")])[1]
+    return values
 
 
 def check_units(vectors: Vectors) -> list[Row]:
     cases = sorted({name.split("/")[0] for name in vectors.arrays if name.endswith("/param0")})
     v_max = float(vectors["projection/v_max"])
-    args = brc_sac.Args(**RELEASE, width=1, num_atoms=len(vectors["projection/bins"]), v_max=v_max)
+    args = replace(RELEASE, width=1, num_atoms=len(vectors["projection/bins"]), v_max=v_max)
     atoms = brc_sac.Critic(args, obs_dim=1, act_dim=1, num_embeddings=0).atoms
-
-    def observe() -> dict[str, Tensor]:
-        values = observe_temperature(vectors) | observe_layers(vectors) | observe_projection(vectors, rounded(atoms))
-        for case in cases:
-            values |= observe_adamw(vectors, case)
-        return values
-
-    values, tolerance = measure(observe)
+    values, tolerance = measure(lambda: observe_units(vectors, rounded(atoms), cases))
     for case in cases:
         steps = 1 + np.arange(len(vectors[f"{case}/grads"]))[:, None]
         # torch multiplies by 1 - lr weight_decay, which in float32 is off by up to a last bit in every step.
@@ -601,12 +573,10 @@ def check_units(vectors: Vectors) -> list[Row]:
 
 
 # ----------------------------------------------------------------------------------------------- kind 3: normalizer
-
-
 def observe_normalizer(vectors: Vectors) -> dict[str, Tensor]:
     rewards, act_dim = vectors["rewards"], int(vectors["act_dim"])
     steps, num_tasks = rewards.shape
-    args = brc_sac.Args(**RELEASE, v_max=float(vectors["v_max"]))
+    args = replace(RELEASE, v_max=float(vectors["v_max"]))
     normalizer = brc_sac.ReturnNormalizer(args, num_tasks, act_dim)
     buffer = brc_sac.ReplayBuffer(num_tasks, obs_dim=1, act_dim=act_dim, capacity=2 * steps)
     batch_rewards, task_ids = vectors.tensor("batch_rewards"), vectors.tensor("batch_task_ids").long()
@@ -651,7 +621,7 @@ def observe_normalizer(vectors: Vectors) -> dict[str, Tensor]:
 def check_normalizer(vectors: Vectors) -> list[Row]:
     values, tolerance = measure(lambda: observe_normalizer(vectors))
     rows = [compare(name, value, vectors[name], tolerance[name]) for name, value in values.items()]
-    target_entropy = brc_sac.ReturnNormalizer(brc_sac.Args(**RELEASE), 1, int(vectors["act_dim"])).target_entropy
+    target_entropy = brc_sac.ReturnNormalizer(RELEASE, 1, int(vectors["act_dim"])).target_entropy
     rows.append(compare("target_entropy", target_entropy, vectors["target_entropy"], 1e-6))
     return rows + [compare("discount", brc_sac.Args.gamma, vectors["discount"], 1e-6)]
 

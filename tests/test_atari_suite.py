@@ -13,22 +13,9 @@ from suites.atari import Games
 GAMES = atari.TASKS + atari.TRANSFER
 
 
-def rollout(env, steps: int, seed: int | None = None) -> tuple[list, list]:
-    """The observations and (reward, terminated, truncated, lives) of `steps` fixed pseudo-random actions."""
-    rng = np.random.default_rng(0)
-    obs, info = env.reset(seed=seed)
-    frames, rest = [obs], []
-    for _ in range(steps):
-        obs, reward, terminated, truncated, info = env.step(int(rng.integers(18)))
-        frames.append(obs)
-        rest.append((reward, terminated, truncated, info["lives"]))
-    return frames, rest
-
-
 def test_settings():
     env = suites.make("Pong", 0)
     assert len(set(GAMES)) == 46 == len(atari.RETURNS)
-    assert {f"ALE/{game}-v5" for game in GAMES} <= set(gym.registry)
     assert env.action_space.n == 18
     assert env.observation_space.shape == (4, 84, 84) and env.observation_space.dtype == np.uint8
     ale = env.unwrapped.ale
@@ -36,44 +23,7 @@ def test_settings():
     assert ale.getInt("max_num_frames_per_episode") == 108_000
 
 
-@pytest.mark.parametrize("game", ["Pong", "Qbert", "BankHeist"])
-def test_steps(game):
-    env = suites.make(game, seed=0)
-    starts = set()
-    for _ in range(10):
-        obs, info = env.reset()
-        starts.add(info["episode_frame_number"])
-        assert env.observation_space.contains(obs)
-        assert not obs[:3].any()  # there is one frame so far
-    assert starts <= set(range(1, 31)) and len(starts) > 1  # no-ops
-    before = info["episode_frame_number"]
-    obs_1, *_ = env.step(0)
-    obs_2, reward, terminated, truncated, info = env.step(0)
-    assert info["episode_frame_number"] == before + 8
-    np.testing.assert_array_equal(obs_2[:3], obs_1[1:])  # the newest frame is the last
-    assert np.isfinite(reward) and not terminated and not truncated
-
-
-def test_a_seed_fixes_all_episodes():
-    env, other = suites.make("MsPacman", seed=3), suites.make("MsPacman", seed=4)
-    first, second = rollout(env, 100), rollout(env, 100)
-    for again in (suites.make("MsPacman", seed=3), other):
-        seed = 3 if again is other else None
-        for expected, actual in zip((first, second), (rollout(again, 100, seed), rollout(again, 100)), strict=True):
-            np.testing.assert_array_equal(expected[0], actual[0])
-            assert expected[1] == actual[1]
-
-
-def test_rewards_are_raw_and_a_lost_life_does_not_end_the_episode():
-    _, steps = rollout(suites.make("Qbert", seed=0), 400)
-    assert max(reward for reward, *_ in steps) > 1.0
-    lost = next(i for i in range(1, 400) if steps[i][3] < steps[i - 1][3])
-    assert not steps[lost][1] and not steps[lost][2]
-
-
 # ------------------------------------------------------------------------------------------------- the native games
-
-
 def same_start(games: Games, game: str, max_frames: int = 108_000) -> tuple:
     """Starts a game natively and by Gymnasium with the same number of no-ops.
 
@@ -105,19 +55,20 @@ def test_native_frames_rewards_lives_and_ends_equal_gymnasiums(game, over):
     np.testing.assert_array_equal(native, obs)
     rng, episodes, total = np.random.default_rng(0), 0, 0.0
     for _ in range(400):
-        action, lives = int(rng.integers(18)), info["lives"]
+        action, lives, frame = int(rng.integers(18)), info["lives"], info["episode_frame_number"]
         step = games.step(np.array([action]))
         obs, reward, terminated, truncated, info = env.step(action)
         np.testing.assert_array_equal(step.next_obs[0], obs)  # the final one too, not the reset's
         assert (step.reward[0], step.terminated[0], step.truncated[0]) == (reward, terminated, truncated)
         assert step.life_lost[0] == (info["lives"] < lives and not terminated)
-        total += abs(reward)
+        assert terminated or info["episode_frame_number"] == frame + 4
+        total = max(total, abs(reward))
         if terminated:
             episodes += 1
             assert not step.obs[0, :3].any() and step.obs[0, 3].any()  # a new episode has begun
             break
         np.testing.assert_array_equal(step.obs, step.next_obs)
-    assert episodes == over and (total > 0 or game not in ("Pong", "Qbert"))
+    assert episodes == over and (total > 1 if game == "Qbert" else total > 0 or game != "Pong")  # rewards are raw
     games.close()
 
 

@@ -1,11 +1,11 @@
 """What brc_drq.py alone has, part by part, against naive models and numbers worked out by hand; then a short run.
 
-What it shares with brc_sac.py (files, signals, resume, the command line, the projection) is tested over both elsewhere.
+What it shares with brc_sac.py (files, signals, resume, the command line, the projection, the normaliser) is tested over
+both elsewhere.
 """
 
 import dataclasses
-import itertools
-import tempfile
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import brc_drq
 import harness
 import suites
+import test_sac
 from brc_drq import Agent, Args, Batch, ReplayBuffer, ReturnNormalizer
 from conftest import FakeGames
 
@@ -36,8 +37,6 @@ def make_batch() -> Batch:
 
 
 # ------------------------------------------------------------------------------------------------------- arguments
-
-
 @pytest.mark.parametrize(("given_args", "resolved"), [
     (dict(), dict(batch_size=256, updates_per_step=2, learning_starts=1600, total_steps=100_000, n_step=3,
                   learning_rate=1e-4, checkpoint_interval=5000, epsilon=0.01, eval_epsilon=0.001, encoder_scale=1.0,
@@ -67,8 +66,6 @@ def test_bad_arguments_are_refused(given_args, message):
 
 
 # -------------------------------------------------------------------------------------------------------- networks
-
-
 def test_the_encoder_halves_the_image_three_times_and_a_block_adds_to_its_input():
     encoder, shapes = brc_drq.Encoder((3, 5, 6)), []
     for stage in encoder.stages:
@@ -92,17 +89,15 @@ def test_parameter_counts(num_embeddings, scale, count):
     assert sum(parameter.numel() for parameter in critic.parameters()) == count
 
 
-@pytest.mark.parametrize(("norm", "order"), [("l1", 1), ("l2", 2)])
-def test_head_sees_normalised_features_and_the_embedding_and_the_encoder_no_task(norm, order):
-    critic, seen = brc_drq.Critic(make_args(embedding_norm=norm), 2), []
+def test_head_sees_normalised_features_and_the_embedding_and_the_encoder_no_task():
+    critic, seen = brc_drq.Critic(make_args(), 2), []
     critic.dense1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    obs = torch.rand(1, 4, 84, 84).expand(2, -1, -1, -1)
-    logits = critic(obs, critic.embed(torch.tensor([0, 1])))
+    obs, embedding = torch.rand(1, 4, 84, 84).expand(2, -1, -1, -1), critic.embed(torch.tensor([0, 1]))
+    logits = critic(obs, embedding)
     assert logits.shape == (2, 18, 101) and not torch.equal(*logits)
-    features, embedding = seen[0][:, :-32], seen[0][:, -32:]
-    assert torch.equal(*features)
+    features = seen[0][:, :-32]
+    assert torch.equal(*features) and torch.equal(seen[0][:, -32:], embedding)
     np.testing.assert_allclose([features.mean().item(), features.std(correction=0).item()], [0, 1], atol=1e-3)
-    np.testing.assert_allclose(embedding.detach().norm(order, -1), 1, rtol=1e-5)
 
 
 def test_a_single_task_has_no_embedding():
@@ -124,93 +119,48 @@ def test_bf16_is_for_convolutions_and_products_alone():
     np.testing.assert_allclose(loss, exact, rtol=0.05)
 
 
-# ----------------------------------------------------------------------------------------------- return normaliser
-
-
-@pytest.mark.parametrize(
-    ("rewards", "terminated", "last_value", "scale"),
-    [  # gamma = 0.5
-        ([1, 2, 4], True, 100, 4),  # G = 4; 2 + 4/2 = 4; 1 + 4/2 = 3: a terminal state has no value
-        ([-6, 1], True, None, 5.5),  # 1; -6 + 1/2 = -5.5
-        ([1, 2, 4], False, 8, 8),  # 4 + 8/2 = 8; 2 + 8/2 = 6; 1 + 6/2 = 4
-        ([1, 2, 4], False, None, 4),  # the critic has learned nothing yet
-    ],
-)
-def test_return_scale_of_one_episode(rewards, terminated, last_value, scale):
-    normalizer = ReturnNormalizer(make_args(gamma=0.5), 1)
-    for t, reward in enumerate(rewards, 1):
-        last = np.array([t == len(rewards)])
-        normalizer.observe(np.array([reward], np.float32), last & terminated, last & (not terminated),
-                           None if last_value is None else np.array([last_value]))
-    assert normalizer.return_scale.tolist() == [scale]
-
-
-def test_rewards_fit_the_support_and_are_0_before_the_first_return():
-    normalizer = ReturnNormalizer(make_args(), 3)
-    normalizer.return_scale[:2] = torch.tensor([4.0, 0.0])  # nothing but zeros so far in the second: no scale either
-    task_id = torch.tensor([0, 1, 1, 2, 0])
-    normalized = normalizer.normalize(torch.tensor([2.0, 0.0, 1.0, 5.0, -4.0]), task_id)
-    assert normalized.tolist() == [5, 0, 0, 0, -10]
-    assert normalizer.denormalize(normalized, task_id).tolist() == [2, 0, 0, 0, -4]
-
-
 # --------------------------------------------------------------------------------------------------- replay buffer
+class Stream(test_sac.Stream):
+    """Frames are numbered, in 2x2 pixels of one byte. A life is lost in every step whose number is divisible by `life`.
 
-
-class Stream:
-    """Unending episodes of every task, whose frames are numbered (in 2x2 pixels of one byte), and a naive replay.
-
-    plans: per task, the (length, terminates) of its episodes, repeated for ever. A life is lost in every step whose
-    number is divisible by `life`. `rows` has a list of all steps per task, each of them obs, action, reward, `dead`
-    (terminated or a life lost), `over` and the true next obs; `ends` the steps in which episodes ended, in order.
+    `rows` has of every step obs, action, reward, `dead` (terminated or a life lost), `over` and the true next obs.
     """
 
-    def __init__(self, plans: list[list[tuple[int, bool]]], life: int = 5):
-        self.life, self.numbers, self.plans = life, itertools.count(1), [itertools.cycle(plan) for plan in plans]
-        self.rows, self.ends, self.oldest = [[] for _ in plans], [], 0  # what a ring has lost stays lost
-        self.running, self.age = [next(plan) for plan in self.plans], np.zeros(len(plans), int)
-        self.obs = np.zeros((len(plans), 4, 2, 2), np.uint8)  # as the environments' frame stacks
-        self.obs[:, 3] = self.frames()
+    def __init__(self, plans: list[list[tuple[int, int]]], life: int = 5):
+        self.life = life
+        super().__init__(plans)
 
     def frames(self) -> np.ndarray:
         return np.array([next(self.numbers) for _ in self.plans], np.uint32).view(np.uint8).reshape(-1, 2, 2)
 
+    def reset_obs(self) -> np.ndarray:
+        obs = np.zeros((len(self.plans), 4, 2, 2), np.uint8)  # as the environments' frame stacks
+        obs[:, 3] = self.frames()
+        return obs
+
     def feed(self, num_steps: int, *buffers: ReplayBuffer) -> None:
         for _ in range(num_steps):
-            time, tasks, obs = len(self.rows[0]) + 1, len(self.plans), self.obs
-            rng, (lengths, terminates) = np.random.default_rng(time), np.array(self.running).T
+            time, tasks, obs, (terminated, truncated) = len(self.rows[0]) + 1, len(self.plans), self.obs, self.advance()
+            rng, over = np.random.default_rng(time), terminated | truncated
             action, reward = rng.integers(18, size=tasks), rng.normal(size=tasks).astype(np.float32)
-            self.age += 1
-            over = self.age == lengths
             life_lost = ~over & ((time + np.arange(tasks)) % self.life == 0)
-            next_obs, terminated = np.concatenate([obs[:, 1:], self.frames()[:, None]], 1), over & (terminates == 1)
+            self.obs = next_obs = np.concatenate([obs[:, 1:], self.frames()[:, None]], 1)
             for buffer in buffers:
-                buffer.add(obs, action, reward, terminated, over & ~terminated, life_lost, next_obs)
+                buffer.add(obs, action, reward, terminated, truncated, life_lost, next_obs)
             for rows, *step in zip(self.rows, obs, action, reward, terminated | life_lost, over, next_obs):
                 rows.append(step)
-            self.obs = next_obs.copy()
-            self.begin(np.flatnonzero(over))
+            self.begin(over)
 
-    def begin(self, tasks: np.ndarray) -> None:
-        for task in tasks:
-            self.ends.append(len(self.rows[0]) - 1)
+    def begin(self, over: np.ndarray) -> None:
+        for task in np.flatnonzero(over):
             self.rows[task][-1][4] = True
-            self.running[task], self.age[task] = next(self.plans[task]), 0
-            self.obs[task] = 0
-            self.obs[task, 3] = self.frames()[0]
-
-    def cut(self, *buffers: ReplayBuffer) -> None:
-        """As a resume does: the running episodes end, and new ones begin."""
-        for buffer in buffers:
-            buffer.end_episodes(np.flatnonzero(buffer.episode_steps))
-        self.begin(np.flatnonzero(self.age))
+        super().begin(over)
 
     def kept(self, buffer: ReplayBuffer) -> dict:
         """The transitions that a buffer of these sizes holds, by their newest frame's number."""
-        steps, room = len(self.rows[0]), len(buffer.last_frame)
-        self.oldest = max(self.oldest, steps - buffer.capacity, *(end + 1 for end in self.ends[-room:-room + 1]))
+        oldest = self.oldest_kept(buffer.capacity, len(buffer.last_frame))
         transitions = (self.transition(task, t, buffer) for task in range(len(self.rows))
-                       for t in range(self.oldest, steps))
+                       for t in range(oldest, len(self.rows[0])))
         return {numbers_of(transition[1]).item(): transition for transition in transitions if transition}
 
     def transition(self, task: int, t: int, buffer: ReplayBuffer) -> tuple | None:
@@ -250,37 +200,19 @@ def assert_samples(buffer: ReplayBuffer, stream: Stream) -> None:
         np.testing.assert_array_equal(batch.next_obs[i], next_obs)
 
 
-EPISODES = st.lists(st.tuples(st.integers(1, 12), st.booleans()), min_size=1, max_size=5)
-MORE = st.integers(0, 20)  # than n steps of capacity
-
-
 @settings(deadline=None, max_examples=50)
-@given(plans=st.lists(EPISODES, min_size=1, max_size=3), n_step=st.integers(1, 5), more=MORE, life=st.integers(1, 9),
-       bouts=st.lists(st.tuples(st.integers(1, 60), st.none() | MORE), min_size=1, max_size=4))
+@given(plans=test_sac.plans_of(1, 12), n_step=st.integers(1, 5), more=st.integers(0, 20), life=st.integers(1, 9),
+       bouts=st.lists(st.tuples(st.integers(1, 60), st.none() | st.integers(5, 25)), min_size=1, max_size=4))
 @mock.patch("os.fsync", lambda file: None)
 def test_buffer_samples_exactly_what_a_list_of_episodes_holds(plans, n_step, more, life, bouts):
-    """With a checkpoint after each bout and, where a bout names another capacity, a resume with that."""
-    stream, saved = Stream(plans, life), {}
+    stream = Stream(plans, life)
     buffer = make_buffer(stream, n_step + more, n_step)
     stream.feed(n_step - 1, buffer)
-    with tempfile.TemporaryDirectory() as folder:
-        for num_steps, more in bouts:
-            stream.feed(num_steps, buffer)
-            assert_samples(buffer, stream)
-            saved = {"replay": harness.append_replay(Path(folder), buffer, saved), "buffer": buffer.state_dict()}
-            if more is not None:
-                same, other = (make_buffer(stream, size, n_step) for size in (buffer.capacity, n_step + more))
-                for loaded in (same, other):
-                    loaded.load_state_dict(saved["buffer"])
-                    harness.load_replay(Path(folder), loaded, saved)
-                stream.cut(same, other)  # which changes the newest step: the next checkpoint has to hold it
-                assert_samples(same, stream)
-                assert_samples(other, stream)
-                buffer = other
+    test_sac.assert_survives_checkpoints(stream, buffer, bouts, assert_samples, partial(make_buffer, n_step=n_step))
 
 
 def test_a_ring_wraps_at_every_phase_of_an_episode_and_is_sampled_uniformly():
-    stream = Stream([[(70, True)], [(64, False), (3, True), (100, True)]], life=11)
+    stream = Stream([[(70, 1)], [(64, 2), (3, 1), (100, 1)]], life=11)
     buffer = make_buffer(stream, 100)
     for _ in range(25):
         stream.feed(13, buffer)
@@ -307,8 +239,6 @@ def test_the_replay_goes_where_there_is_room():
 
 
 # ---------------------------------------------------------------------------------------------------------- losses
-
-
 @pytest.mark.parametrize("shift", [(0, 0), (4, -4), (-3, 2), (1, 0)])
 def test_random_shift_is_a_crop_of_the_replicated_image(shift):
     obs = torch.randint(256, (1, 4, 84, 84), dtype=torch.uint8)
@@ -355,24 +285,16 @@ def test_the_critic_chooses_the_next_action_and_the_target_evaluates_it():
     atoms = torch.zeros(2, 18, dtype=int)  # each network's certain one of each action
     atoms[:, :2] = torch.tensor([[50, 70], [95, 60]])
     critic, target = map(Table, 50 * torch.nn.functional.one_hot(atoms, 101).float())
-    batch = Batch(torch.zeros(2, 1), torch.tensor([0, 0]), torch.tensor([1.0, 1.0]), torch.tensor([0.5, 0.0]),
+    batch = Batch(torch.zeros(2, 1), torch.tensor([0, 1]), torch.tensor([1.0, -20.0]), torch.tensor([0.5, 0.0]),
                   torch.zeros(2, 1), torch.zeros(2, dtype=int))
-    _, metrics = brc_drq.critic_loss(critic, target, batch)
-    np.testing.assert_allclose(metrics["target_q"], ((1 + 0.5 * 2) + 1) / 2, atol=1e-4)  # the second has ended
-
-
-def test_the_loss_is_the_cross_entropy_of_the_action_that_was_taken():
-    critic = Table(torch.randn(18, 101))
-    batch = Batch(torch.zeros(3, 1), torch.tensor([4, 0, 17]), torch.tensor([1.0, 0.0, -20.0]), torch.zeros(3),
-                  torch.zeros(3, 1), torch.zeros(3, dtype=int))
-    loss, _ = brc_drq.critic_loss(critic, critic, batch)
-    log_probs = critic.table.log_softmax(-1)  # atoms of 1.0, 0.0 and, clipped, -10
-    np.testing.assert_allclose(loss, -(log_probs[4, 55] + log_probs[0, 50] + log_probs[17, 0]) / 3, rtol=1e-5)
+    loss, metrics = brc_drq.critic_loss(critic, target, batch)
+    targets = [1 + 0.5 * 2, -10]  # the second has ended, and is clipped
+    np.testing.assert_allclose(metrics["target_q"], np.mean(targets), atol=1e-4)
+    log_probs = critic.table.log_softmax(-1)  # of the actions that were taken, at the targets' atoms
+    np.testing.assert_allclose(loss, -(log_probs[0, 60] + log_probs[1, 0]) / 2, rtol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------- agent
-
-
 def test_updates_lower_the_loss_of_a_fixed_batch_and_the_target_follows_by_tau():
     # With discount 0 what is to be learned of every observation is one reward.
     agent, batch = Agent(make_args(learning_rate=5e-3, tau=0.25), 2), make_batch()._replace(discount=torch.zeros(8))
@@ -402,8 +324,6 @@ def test_epsilon_falls_over_5000_steps_once_learning_starts():
 
 
 # --------------------------------------------------------------------------------------- evaluation, training loop
-
-
 @pytest.mark.parametrize(("episodes", "played", "returns"), [
     # Rewards are the row's number + 1 in each step; first copies' episodes are of 3 steps, second ones' of 7.
     (2, [[0, 1, 2, 3]] * 3 + [[1, 3]] * 4, [(3 * 1 + 7 * 2) / 2, (3 * 3 + 7 * 4) / 2]),
@@ -428,24 +348,19 @@ def test_evaluation_plays_exactly_as_many_episodes(episodes, played, returns):
     assert brc_drq.evaluate(agent, Lengths(("Pong", "Breakout")), 1, 1, stop=lambda: True) == ([], [])
 
 
-@pytest.fixture
-def args(monkeypatch, tmp_path) -> Args:
-    """Of a run of 80 steps on two fake games with episodes of 10, and an evaluation every 20."""
-    monkeypatch.setattr(brc_drq, "Games", FakeGames)
-    return make_args(run_dir=str(tmp_path / "run"), eval_interval=20, log_interval=40, batch_size=4)
-
-
 @pytest.mark.parametrize("clip", [True, False])
-def test_what_is_learned_from_are_clipped_rewards_and_lives(args, clip):
+def test_what_is_learned_from_are_clipped_rewards_and_lives(monkeypatch, tmp_path, clip):
     """The loop's own part: clipping, lives that end the normaliser's episode, and a bootstrap in raw units."""
+    args = make_args(run_dir=str(tmp_path / "run"), eval_interval=20, log_interval=40, batch_size=4, clip_rewards=clip)
     seen, observe = [], ReturnNormalizer.observe
+    monkeypatch.setattr(brc_drq, "Games", FakeGames)
 
     def spy(self, reward, terminated, truncated, last_value=None):
         seen.append((set(reward.tolist()), terminated.all(), truncated.all(), last_value))
         observe(self, reward, terminated, truncated, last_value)
 
     with mock.patch.object(ReturnNormalizer, "observe", spy):
-        brc_drq.train(dataclasses.replace(args, clip_rewards=clip))
+        brc_drq.train(args)
     assert set().union(*(rewards for rewards, *_ in seen)) == {1.0 if clip else 3.0, -1.0}
     for fate, steps in ((1, range(7, 81, 10)), (2, range(10, 81, 10))):  # a life lost, a time limit
         assert [step for step, row in enumerate(seen, 1) if row[fate]] == list(steps)
@@ -455,23 +370,6 @@ def test_what_is_learned_from_are_clipped_rewards_and_lives(args, clip):
     harness.read_checkpoint(Path(args.run_dir), buffer)
     buffer.end_episodes(np.array([], int))
     assert (buffer.sample(200).reward.abs().max() > 3) != clip
-
-
-def test_a_transfer_starts_where_it_says_and_learns_once_there_is_a_return_scale(args):
-    def prepare(run, agent, normalizer, buffer):
-        seen.append((agent.sizes, len(normalizer.return_scale), run.state))
-        normalizer.return_max[2:] = 1.0
-        return buffer
-
-    seen, epsilons, updates, act, update = [], [], [], Agent.act, Agent.update
-    start = brc_drq.Start(prepare, num_embeddings=5, acts=True, first_step=10, facts={"method": "model"})
-    with (mock.patch.object(Agent, "act", lambda *inputs: (epsilons.append(inputs[3]), act(*inputs))[1]),
-          mock.patch.object(Agent, "update", lambda *inputs: (updates.append(1), update(*inputs))[1])):
-        brc_drq.train(dataclasses.replace(args, learning_starts=12), start)
-    assert seen == [((2, 5), 5, {})] and set(epsilons) == {args.epsilon, args.eval_epsilon}
-    assert len(updates) == 80 - 17  # not before the first life is lost, in the seventh step
-    metrics = (Path(args.run_dir) / "metrics.csv").read_text()
-    assert {int(line.split(",")[4]) for line in metrics.splitlines()[1:]} == {10, 20, 40, 60, 80}
 
 
 def test_a_short_run_of_real_games_whose_stacks_are_stored_as_they_were_shown(tmp_path, capsys, monkeypatch):

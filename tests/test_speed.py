@@ -32,30 +32,31 @@ def raises(*inputs):
     raise RuntimeError("this backend is unwell")
 
 
-def forward_fails(graph, inputs):
-    return raises()
-
-
 def backward_fails(graph, inputs):
     from torch._dynamo.backends.common import aot_autograd
 
     return aot_autograd(fw_compiler=lambda graph, inputs: graph.forward, bw_compiler=raises)(graph, inputs)
 
 
-@pytest.mark.parametrize("backend", [forward_fails, backward_fails])
-def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch, backend):
-    of = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **_: of(function, backend=backend))
-    agents, batch, noise = [], make_batch(), torch.randn(2, 64, 2)
+def both_agents() -> tuple[list, list[dict]]:
+    """An eager and a compiled agent after an update from the same batch, and what that returned."""
+    torch._dynamo.reset()
+    agents, batch, noise, metrics = [], make_batch(), torch.randn(2, 64, 2), []
     for compile in (False, True):
         torch.manual_seed(0)
         agents.append(make_agent(compile=compile))
-        for _ in range(2):
-            agents[-1].update(batch, *noise)
+        metrics.append(agents[-1].update(batch, *noise)[0])
+    return agents, metrics
+
+
+def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch):
+    """A backward that fails: a forward does where there is no compiler."""
+    of = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **_: of(function, backend=backward_fails))
+    agents, _ = both_agents()
     for part in ("critic", "target", "actor"):
         parameters = (getattr(agent, part).parameters() for agent in agents)
         assert all(torch.equal(*pair) for pair in zip(*parameters, strict=True)), part
-    torch._dynamo.reset()
 
 
 def test_a_run_without_a_compiler_is_eager_and_ends_well(program):
@@ -69,17 +70,12 @@ def test_a_run_without_a_compiler_is_eager_and_ends_well(program):
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler")
 def test_compiled_equals_eager_on_one_batch():
-    agents, batch, noise, metrics = [], make_batch(), torch.randn(2, 64, 2), []
-    for compile in (False, True):
-        torch.manual_seed(0)
-        agents.append(make_agent(compile=compile))
-        metrics.append(agents[-1].update(batch, *noise)[0])
+    agents, metrics = both_agents()
     assert torch._dynamo.utils.counters["frames"]["ok"] >= 2
     for name, value in metrics[0].items():
         assert metrics[1][name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-5), name
     for one, other in zip(*(agent.critic.parameters() for agent in agents), strict=True):
         assert (one.grad - other.grad).norm() <= 1e-4 * one.grad.norm() + 1e-7
-    torch._dynamo.reset()
 
 
 def test_an_agent_is_freed_with_its_last_name():
@@ -92,8 +88,6 @@ def test_an_agent_is_freed_with_its_last_name():
 
 
 # -------------------------------------------------------------------------------------------------------------- GPU
-
-
 def make_learner(graph: bool, **changes):
     """An agent on a GPU, its updates as `train` has them, eager or as a graph, and what stores a random step."""
     torch.manual_seed(0)
@@ -170,16 +164,3 @@ def test_an_update_that_waits_cannot_be_captured_and_shows_its_line():
     process = subprocess.run([sys.executable, "-c", script], cwd=ROOT / "tests", capture_output=True, text=True,
                              env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}, timeout=300)
     assert process.returncode == 1 and "value.item()" in process.stderr and "capturing" in process.stderr
-
-
-@on_gpu
-def test_an_update_agrees_with_the_cpu():
-    on_cpu, on_gpu = (brc_sac.Agent(make_args(precision="fp32"), 3, 2, 2, device=device) for device in ("cpu", "cuda"))
-    on_gpu.load_state_dict(on_cpu.state_dict())
-    batch, noise = make_batch(), torch.randn(2, 64, 2)
-    expected, _ = on_cpu.update(batch, *noise)
-    metrics, _ = on_gpu.update(type(batch)(*(field.cuda() for field in batch)), *noise.cuda())
-    for name in expected:
-        assert metrics[name].item() == pytest.approx(expected[name].item(), rel=1e-4, abs=1e-5), name
-    for one, other in zip(on_cpu.critic.parameters(), on_gpu.critic.parameters(), strict=True):
-        assert (one.grad - other.grad.cpu()).norm() <= 1e-3 * one.grad.norm() + 1e-7

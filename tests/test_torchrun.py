@@ -15,10 +15,11 @@ import torch.multiprocessing as multiprocessing
 
 import brc_sac
 import devices
+from conftest import checkpoint
 
 ROOT = Path(brc_sac.__file__).parent
 TASKS = ("cartpole-swingup", "reacher-easy", "ball_in_cup-catch")
-SIZES = dict(width=16, actor_width=16, batch_size=32, embedding_norm="l1")
+SIZES = dict(width=16, actor_width=16, batch_size=32, embedding_norm="l1", learning_rate=3e-4, init_temperature=0.1)
 
 
 def make_batch(tasks: list[int], seed: int = 0) -> tuple[brc_sac.Batch, torch.Tensor, torch.Tensor]:
@@ -134,12 +135,13 @@ def wait_for(condition, process: subprocess.Popen) -> None:
 def test_stop_resume_and_death(tmp_path):
     run_dir = tmp_path / "run"
     process = torchrun(*arguments(run_dir, 100_000))
-    wait_for(lambda: (run_dir / "checkpoint.pt").exists() and (run_dir / "rank1/checkpoint.previous.pt").exists(), process)
+    awaited = run_dir / "checkpoint.pt", run_dir / "rank1/checkpoint.previous.pt"
+    wait_for(lambda: all(path.exists() for path in awaited), process)
     os.kill(processes(run_dir)[-1], signal.SIGTERM)  # one of the ranks alone
     output, _ = process.communicate(timeout=120)
     assert "Stopped by SIGTERM" in output and f"torchrun --nproc-per-node 2 {ROOT / 'brc_sac.py'} --resume" in output
-    steps = [torch.load(folder / "checkpoint.pt", weights_only=True)["env_step"] for folder in (run_dir, run_dir / "rank1")]
-    assert steps[0] == steps[1] and not processes(run_dir)
+    step, other = (checkpoint(folder)["env_step"] for folder in (run_dir, run_dir / "rank1"))
+    assert step == other and not processes(run_dir)
     assert json.loads((run_dir / "args.json").read_text())["ranks"] == 2
 
     alone = subprocess.run([sys.executable, str(ROOT / "brc_sac.py"), "--resume", str(run_dir)], capture_output=True,
@@ -147,7 +149,7 @@ def test_stop_resume_and_death(tmp_path):
     assert alone.returncode == 2 and "is a run of 2 processes" in alone.stderr
 
     (run_dir / "rank1/checkpoint.pt").unlink()  # then both take the one before
-    previous = torch.load(run_dir / "rank1/checkpoint.previous.pt", weights_only=True)["env_step"]
+    previous = checkpoint(run_dir / "rank1", "checkpoint.previous.pt")["env_step"]
     last = (previous // 100 + 1) * 100
     process = torchrun("--resume", str(run_dir), "--total-steps", str(last))
     output, _ = process.communicate(timeout=300)
@@ -158,7 +160,7 @@ def test_stop_resume_and_death(tmp_path):
     assert sum(f",{last}," in row for row in rows) == 2 * (len(TASKS) + 1)
 
     process = torchrun("--resume", str(run_dir), "--total-steps", "100000")
-    wait_for(lambda: torch.load(run_dir / "checkpoint.pt", weights_only=True)["env_step"] > last, process)
+    wait_for(lambda: checkpoint(run_dir)["env_step"] > last, process)
     os.kill(processes(run_dir)[-1], signal.SIGKILL)
     output, _ = process.communicate(timeout=120)
     assert process.returncode and "rank" in output and "-9" in output

@@ -1,6 +1,5 @@
 """transfer.py on real, tiny checkpoints: what each protocol starts from, what it changes, and what it refuses."""
 
-import csv
 import dataclasses
 import json
 import math
@@ -22,7 +21,7 @@ import harness
 import suites
 import transfer
 from benchmarks import report
-from conftest import Pendulum, Program
+from conftest import Pendulum, Program, checkpoint, files_under, read_csv
 from suites.vector import VectorEnv
 
 SCRIPT = Path(transfer.__file__)
@@ -98,28 +97,13 @@ def transfers(pretrained, tmp_path, monkeypatch) -> Transfers:
     return transfers
 
 
-def checkpoint(run_dir: Path) -> dict:
-    return torch.load(run_dir / "checkpoint.pt", weights_only=True)
-
-
 def networks(agent: dict) -> dict:
     """Everything in an agent's state that is a weight."""
     return {f"{part}.{name}": value for part in ("critic", "target", "actor") for name, value in agent[part].items()
             } | {"log_temperature": agent["log_temperature"]}
 
 
-def table(path: Path) -> list[dict]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def files_under(folder: Path) -> dict:
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-
-
 # ------------------------------------------------------------------------------------------------------- model transfer
-
-
 @pytest.mark.parametrize(("name", "options", "spent"), [
     ("model-transfer", "", 0), ("model-transfer-initial", "--temperature initial", 0), ("scratch", "--baseline", 0),
     ("model-transfer-best", "--start best --transitions 17", 15)])  # 17 transitions for three are five each
@@ -144,13 +128,13 @@ def test_model_transfer_starts_from_the_checkpoint(transfers, name, options, spe
     assert not new.critic_optimizer["state"] and not new.actor_optimizer["state"]
     if not baseline:
         torch.testing.assert_close(new.normalizer["entropy"], saved["normalizer"]["entropy"].mean().expand(1))
-    rows = table(run_dir / "metrics.csv")
+    rows = read_csv(run_dir / "metrics.csv")
     assert {row["exp_name"] for row in rows} == {f"brc_sac-{name}"}
     assert {int(row["env_step"]) for row in rows} == {20, 40} | ({spent}, set())[baseline]
     assert new.steps == spent and new.buffer.steps == 40
     if spent:  # in the replay, with every cut-off episode's end in it
         assert new.buffer.end[:15, 0].nonzero().flatten().tolist() == [4, 9, 14]
-        assert [row["transitions"] for row in table(run_dir / "candidates.csv")] == ["5"] * 3
+        assert [row["transitions"] for row in read_csv(run_dir / "candidates.csv")] == ["5"] * 3
 
 
 def test_a_pretrained_critic_learns_nothing_before_the_first_episode_has_ended(transfers, monkeypatch):
@@ -166,8 +150,6 @@ def test_a_pretrained_critic_learns_nothing_before_the_first_episode_has_ended(t
 
 
 # --------------------------------------------------------------------------------------------------- embedding transfer
-
-
 @pytest.mark.parametrize(("mode", "spent", "tuned"), [("zero-shot", 0, 0), ("select", 15, 0), ("tune", 15 + 5, 30)])
 def test_embedding_transfer_changes_the_embedding_alone_and_counts_every_transition(
         transfers, monkeypatch, capsys, mode, spent, tuned):
@@ -185,7 +167,7 @@ def test_embedding_transfer_changes_the_embedding_alone_and_counts_every_transit
     run_dir, total = transfers.go(mode), spent + tuned
     assert steps == {transfer: spent, brc_sac: tuned + 200 * (3 if tuned else 1)}
     assert f"new task: {total} in all" in capsys.readouterr().out.splitlines()[-1]
-    assert int(table(run_dir / "metrics.csv")[-1]["env_step"]) == total == checkpoint(run_dir)["env_step"]
+    assert int(read_csv(run_dir / "metrics.csv")[-1]["env_step"]) == total == checkpoint(run_dir)["env_step"]
     saved, start = checkpoint(transfers.pre), transfers.made[0]
     before, after = networks(saved["agent"]), networks(checkpoint(run_dir)["agent"])
     for name in before.keys() - {"critic.embedding.weight", "target.embedding.weight"}:
@@ -196,27 +178,12 @@ def test_embedding_transfer_changes_the_embedding_alone_and_counts_every_transit
     assert torch.equal(start.normalizer["return_scale"], saved["normalizer"]["return_scale"][row])
     if tuned:  # what was learned, before the last trial: the first stage's end
         assert len(transfers.made) == 2 and transfers.made[1].steps == 45  # of the tuned one's trial nothing is stored
-        assert not torch.equal(start.agent.critic.embedding.weight, first)
+        moved, lagging = (
+            (getattr(start.agent, network).embedding.weight - getattr(start, network)["embedding.weight"]).norm()
+            for network in ("critic", "target"))
+        assert 0 < lagging < 0.5 * moved
     else:
         assert torch.equal(after["critic.embedding.weight"], first)
-
-
-def test_in_tune_the_targets_embedding_lags_behind(pretrained):
-    saved = checkpoint(pretrained)["agent"]
-    agent = brc_sac.Agent(brc_sac.resolve(harness.read_args(pretrained, brc_sac.Args)[0]), *saved["sizes"])
-    agent.load_state_dict(saved)
-    transfer.freeze_all_but_embedding(agent, brc_sac.optimize)
-    for _ in range(3):
-        before = deepcopy(agent.state_dict())
-        batch = brc_sac.Batch(torch.randn(8, 39), torch.rand(8, 4), torch.rand(8), torch.zeros(8), torch.randn(8, 39),
-                              torch.randint(3, (8,)))
-        _, log_prob = agent.update(batch, torch.randn(8, 4), torch.randn(8, 4))
-        assert log_prob.shape == (8,) and not log_prob.requires_grad
-        old, new = networks(before), networks(agent.state_dict())
-        changed = {name for name, value in new.items() if not torch.equal(value, old[name])}
-        critic, target = "critic.embedding.weight", "target.embedding.weight"
-        assert changed == {critic, target} and not torch.equal(new[target], new[critic])
-        torch.testing.assert_close(new[target], 0.995 * old[target] + 0.005 * new[critic])
 
 
 @pytest.mark.parametrize("tuned", [0.1, 0.9])
@@ -285,8 +252,6 @@ def test_budgets_are_the_same_for_all_of_a_suites_transfer_tasks(transfers, opti
 
 
 # -------------------------------------------------------------------------------------------------------- data transfer
-
-
 @pytest.mark.parametrize("prior", ["separate", "merged"])
 def test_half_of_each_batch_comes_from_the_pretraining_replay(transfers, capsys, prior):
     before = files_under(transfers.pre)
@@ -311,7 +276,7 @@ def test_half_of_each_batch_comes_from_the_pretraining_replay(transfers, capsys,
     assert new.agent.target_entropy == -2
     # It goes on with more steps, and is evaluated by the agent.
     transfers.call(f"data --resume {run_dir} --total-steps 60")
-    rows = table(run_dir / "metrics.csv")
+    rows = read_csv(run_dir / "metrics.csv")
     assert {row["env_name"] for row in rows} == {"cartpole-balance", "mean"}
     means = [row["env_step"] for row in rows if (row["env_name"], row["metric"]) == ("mean", "score")]
     assert means == ["20", "40", "60"]
@@ -336,8 +301,6 @@ def test_the_replay_is_needed_for_data_transfer_alone_and_a_damaged_checkpoint_l
 
 
 # ------------------------------------------------------------------------------------------------- programs, refusals
-
-
 def test_the_agent_is_the_program_that_wrote_the_checkpoint(transfers, tmp_path):
     idea, ablation = tmp_path / "my_idea.py", tmp_path / "my_ablation.py"
     idea.write_text(Path(brc_sac.__file__).read_text().replace("class Agent:", "class Agent:\n    MINE = True\n"))
@@ -345,7 +308,7 @@ def test_the_agent_is_the_program_that_wrote_the_checkpoint(transfers, tmp_path)
     for path, mark in ((idea, "MINE"), (ablation, "ABLATED"), (Path("/nowhere/brc_sac.py"), "PARTS")):
         pre = transfers.copy(f"{path.stem}-pre", program=str(path))
         run_dir = transfers.go("zero-shot", run=path.stem, pre=pre)
-        assert {row["exp_name"] for row in table(run_dir / "metrics.csv")} == {f"{path.stem}-embedding-zero-shot"}
+        assert {row["exp_name"] for row in read_csv(run_dir / "metrics.csv")} == {f"{path.stem}-embedding-zero-shot"}
         for source, rows in ((pre, 4), (run_dir, 2)):  # of a transferred run it is the same
             loaded = transfer.load_pretrained(transfer.Args("model", str(source)))
             assert hasattr(loaded.agent.Agent, mark) and len(loaded.embeddings["critic"]) == rows
@@ -384,8 +347,6 @@ def test_what_cannot_be_run_is_refused_in_one_sentence_and_creates_nothing(trans
     assert re.search(message, Program(transfer, tmp_path).refused(arguments.format(**folders)))
     assert (files_under(transfers.pre), files_under(tmp_path).keys()) == before
 # ------------------------------------------------------------------------------------------------------------- resuming
-
-
 def test_several_tasks_go_on_after_a_stop_and_draw_the_map(transfers, monkeypatch, tmp_path, capsys):
     """Stopped in the first task's trials, which are made again, and after them, when they are not."""
     run_dir, tasks, trial, trials = tmp_path / "run", ("window-open", "cartpole-balance"), transfer.trial, []
@@ -410,8 +371,8 @@ def test_several_tasks_go_on_after_a_stop_and_draw_the_map(transfers, monkeypatc
     assert [task for task, _ in trials] == [tasks[0]] * 5 + [tasks[1]] * 3
     out = capsys.readouterr().out
     assert [line.split()[0] for line in out.splitlines() if line.startswith((*tasks, "mean"))][-3:] == [*tasks, "mean"]
-    scores = {task: table(run_dir / task / "candidates.csv") for task in tasks}
-    assert [list(row.values()) for row in table(run_dir / "embedding_map.csv")] == [
+    scores = {task: read_csv(run_dir / task / "candidates.csv") for task in tasks}
+    assert [list(row.values()) for row in read_csv(run_dir / "embedding_map.csv")] == [
         [task, *(row["score"] for row in scores[task])] for task in tasks]
     assert [row["embedding"] for row in scores[tasks[0]]] == list(PRETRAINING)
     assert (run_dir / "embedding_map.png").stat().st_size > 1000
@@ -430,7 +391,7 @@ def test_several_tasks_go_on_after_a_stop_and_draw_the_map(transfers, monkeypatc
     with pytest.raises(harness.UsageError, match="transfer.py embedding --resume"):
         harness.parse_args(brc_sac.Args, brc_sac.resolve, "")
     report.main(report.Args((run_dir,), out=tmp_path / "x.png", csv=tmp_path / "x.csv"))  # of one evaluation each
-    assert {(row["task"], row["method"], row["env_step"]) for row in table(tmp_path / "x.csv")} == {
+    assert {(row["task"], row["method"], row["env_step"]) for row in read_csv(tmp_path / "x.csv")} == {
         (task, "brc_sac-embedding-select", "15") for task in (*tasks, "mean")}
 
 
@@ -449,12 +410,10 @@ def test_a_stopped_tune_goes_on_to_the_same_bits(transfers, monkeypatch):
     transfers.call(f"embedding --resume {stopped}")
     ours, theirs = (networks(checkpoint(run_dir)["agent"]) for run_dir in (whole, stopped))
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
-    assert table(whole / "metrics.csv")[-3:] == table(stopped / "metrics.csv")[-3:]
+    assert read_csv(whole / "metrics.csv")[-3:] == read_csv(stopped / "metrics.csv")[-3:]
 
 
 # ---------------------------------------------------------------------------------------------------------------- Atari
-
-
 def test_all_protocols_take_a_checkpoint_of_brc_drq(transfers, monkeypatch, tmp_path):
     args = brc_drq.Args(tasks=("Pong", "Breakout"), encoder_scale=1 / 128, hidden_width=8, batch_size=4, max_frames=80,
                         learning_starts=20, total_steps=24, eval_episodes=1, device="cpu",
@@ -462,12 +421,17 @@ def test_all_protocols_take_a_checkpoint_of_brc_drq(transfers, monkeypatch, tmp_
     monkeypatch.setattr(harness, "PROGRAM", Path(brc_drq.__file__))
     brc_drq.train(brc_drq.resolve(args))
     agents = {"pre": checkpoint(tmp_path / "pre")["agent"]}
-    budget = "--total-steps 16 --batch-size 4 --eval-interval 16 --no-compile"
-    for name, options, steps in (("model", budget, 16), ("data", budget, 16), ("zero-shot", "", 0),
+    budget = "--total-steps 22 --batch-size 4 --eval-interval 22 --learning-starts 5 --no-compile"
+    epsilons, updates, act, update = [], [], brc_drq.Agent.act, brc_drq.Agent.update
+    monkeypatch.setattr(brc_drq.Agent, "act", lambda *inputs: (epsilons.append(inputs[3]), act(*inputs))[1])
+    monkeypatch.setattr(brc_drq.Agent, "update", lambda *inputs: (updates.append(1), update(*inputs))[1])
+    for name, options, steps in (("model", budget, 22), ("data", budget, 22), ("zero-shot", "", 0),
                                  ("tune", "--tune-transitions 12", 27)):
         run_dir = transfers.go(name, options, run=name, task="Bowling", pre=tmp_path / "pre")
         agents[name] = checkpoint(run_dir)["agent"]
-        assert int(table(run_dir / "metrics.csv")[-1]["env_step"]) == steps
+        assert int(read_csv(run_dir / "metrics.csv")[-1]["env_step"]) == steps
+        if name == "model":  # acts from the first step on, and learns once an episode of 20 steps has ended
+            assert set(epsilons) == {args.epsilon, args.eval_epsilon} and len(updates) == 2 * 2
     for part in ("critic", "target"):
         for name, value in agents["pre"][part].items():
             if name != "embedding.weight":

@@ -305,10 +305,8 @@ QUOTA, PERIOD = "cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"
 
 @pytest.mark.parametrize(("membership", "files", "expected"), [
     ("", {}, 8),
-    ("0::/", {"cpu.max": "250000 100000"}, 3),
     ("0::/", {"cpu.max": "1000 100000"}, 1),
     ("0::/", {"cpu.max": "1600000 100000"}, 8),  # more than the affinity mask has
-    ("0::/pod/box", {"pod/cpu.max": "200000 100000", "pod/box/cpu.max": "max 100000"}, 2),
     ("0::/pod/box", {"pod/cpu.max": "900000 100000", "pod/box/cpu.max": "350000 100000"}, 4),
     ("0::/../elsewhere", {"cpu.max": "200000 100000"}, 2),
     ("3:memory:/a\n2:cpu,cpuacct:/", {QUOTA: "-1", PERIOD: "9"}, 8),
