@@ -61,6 +61,7 @@ class Bar(tqdm):
     MEMORY = 30  # seconds in which the weight of a step falls to 1 / e
 
     def __init__(self, total: int, done: int, shown: bool):
+        self.first = done  # tqdm, where it shows nothing, does not keep it
         self.learning, self.last = False, None  # when the last step ended, in seconds of the monotonic clock
         self.steps = self.seconds = 0.0  # of this kind, by weight
         self.paused = self.pause_per_step = 0.0  # seconds
@@ -84,7 +85,7 @@ class Bar(tqdm):
         if self.last is not None:
             now = time.monotonic()
             self.paused += now - self.last
-            self.pause_per_step, self.last = self.paused / max(1, self.n - self.initial), now
+            self.pause_per_step, self.last = self.paused / max(1, self.n - self.first), now
 
     @property
     def format_dict(self) -> dict:
