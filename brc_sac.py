@@ -138,15 +138,15 @@ class Args:
     """Decoupled, on every parameter of critic and actor: biases, LayerNorm and embedding too (release)."""
     gamma: float = 0.99
     """Discount per environment step (paper)."""
-    tau: float = 0.005
-    """Polyak coefficient of the target critics, every update (paper)."""
+    tau: float | None = None
+    """Polyak coefficient of the target critics, every update; default 0.005 (paper), demo 0.02."""
     init_temperature: float | None = None
     """Initial entropy temperature alpha; default 0.1 (paper, Table 3), demo 0.01."""
 
 
 # What a laptop's CPU can do in minutes; measured in benchmarks/README.md.
 DEMO = dict(width=128, actor_width=128, batch_size=128, learning_starts=1000, learning_rate=6e-4, init_temperature=0.01,
-            eval_interval=1000, eval_episodes=5)
+            tau=0.02, eval_interval=1000, eval_episodes=5)
 
 
 def resolve(args: Args) -> Args:
@@ -164,7 +164,7 @@ def resolve(args: Args) -> Args:
         label = "-".join(tasks) if len(tasks) <= 3 else f"{len(tasks)}tasks"
     defaults = {
         "width": 4096, "actor_width": 256, "batch_size": 1024 if len(tasks) > 1 else 256, "learning_starts": 5000,
-        "learning_rate": 3e-4, "init_temperature": 0.1, "eval_episodes": 10,
+        "learning_rate": 3e-4, "init_temperature": 0.1, "tau": 0.005, "eval_episodes": 10,
         "total_steps": suites.steps(tasks) if args.tasks else suites.SUITES[args.suite].steps,
         "exp_name": f"{harness.PROGRAM.stem}-{label}-{args.variant}",
         "embedding_norm": {"paper": "l1", "release": "l2"}[args.variant],

@@ -89,7 +89,7 @@ class Args:
     """Also write the results to this file: one row per case, with hardware, versions, date and command."""
 
 
-PAPER = dict(actor_width=256, learning_rate=3e-4, init_temperature=0.1)
+PAPER = dict(actor_width=256, learning_rate=3e-4, init_temperature=0.1, tau=0.005)
 
 
 class Peaks(NamedTuple):
