@@ -66,8 +66,9 @@ class Threads:
         next(self.steps)
 
     def __str__(self) -> str:
-        choice = f"then as many of {self.most} as make steps fastest" if self.chosen else "as given"
-        return f"threads: {self.number}, {choice}"
+        if self.chosen and self.most > 1:
+            return f"threads: {self.number}, then as many of {self.most} as make steps fastest"
+        return f"threads: {self.number}"
 
     def step(self) -> str:
         """After every step with updates: sets the number for the next one. Returns in words what was chosen, or ""."""
@@ -82,8 +83,8 @@ class Threads:
         best, told = (yield from self._time(self.number)), None
         while True:
             tried = {self.number: best}
-            for neighbor in (lambda number: max(1, number // 2), lambda number: min(self.most, 2 * number)) * tries:
-                while (other := neighbor(self.number)) not in tried:
+            for factor in (0.5, 2) if tries else ():
+                while (other := min(self.most, max(1, int(factor * self.number)))) not in tried:
                     tried[other] = yield from self._time(other, 2 * tried[self.number])
                     if tried[other] > self.WORTH * tried[self.number]:
                         break

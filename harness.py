@@ -193,11 +193,12 @@ class Run:
             self.saved_step = self.state.get("env_step")
         self.facts["ranks"] = size
         self.threads = devices.Threads(self.args.threads, self.args.device, self.state.get("threads"))
-        run_id = self._write_args()
+        self.written = self._write_args()
         if self.args.track and not self.rank:
             import wandb
-            wandb.init(project=os.environ.get("WANDB_PROJECT", "brc"), name=self.dir.name, id=run_id, resume="allow",
-                       config=dataclasses.asdict(self.args), dir=str(self.dir), sync_tensorboard=True)
+            wandb.init(project=os.environ.get("WANDB_PROJECT", "brc"), name=self.dir.name, resume="allow",
+                       id=self.written["run_id"], config=dataclasses.asdict(self.args), dir=str(self.dir),
+                       sync_tensorboard=True)
         print(f"{self.args.exp_name} in {self.dir}, {self.threads}", flush=True)
         self.bar = progress.Bar(self.args.total_steps, self.saved_step or 0, shown=self.rank == 0)
         if not self.rank:
@@ -211,8 +212,8 @@ class Run:
         from torch.utils.tensorboard import SummaryWriter
         return SummaryWriter(str(self.dir / "tensorboard"), purge_step=self.saved_step + 1 if self.saved_step else None)
 
-    def _write_args(self) -> str:
-        """args.json: the arguments, what else a reader needs to repeat the run, every resume. Returns the run's id."""
+    def _write_args(self) -> dict:
+        """Writes and returns args.json: the arguments, what else a reader needs to repeat the run, every resume."""
         import torch
         git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
@@ -237,7 +238,7 @@ class Run:
         except OSError as error:
             if not self.args.resume:
                 raise UsageError(f"{self.dir} cannot be written ({error}): give another --run-dir.") from None
-        return facts["run_id"]
+        return facts
 
     def _read_csv(self) -> None:
         """Learns which evaluations metrics.csv holds, and cuts what a kill in the midst of one has left at its end."""
@@ -275,8 +276,7 @@ class Run:
         if learning and self.threads.step():
             tqdm.write(f"step {self.bar.n:>9,}: {self.threads.report}")
             with progress.survives("args.json"):
-                path = self.dir / "args.json"
-                write_json(path, json.loads(path.read_text()) | {"threads": self.threads.number})
+                write_json(self.dir / "args.json", self.written | {"threads": self.threads.number})
 
     def log_evaluation(self, results: list[dict], frames: list, env_step: int, embedding: Any) -> None:
         """A row per task and metric, last env_name=mean; a GIF per task; the task embeddings [N, D] or [N, 0]."""

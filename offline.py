@@ -54,7 +54,7 @@ class Args:
     evaluate: str | None = None  # run directory whose agent to evaluate, and nothing else
     track: bool = False  # also log to Weights & Biases
     capture_video: bool = False  # record the first evaluation episode of every task as a GIF
-    eval_interval: int | None = None  # updates between evaluations; default a twentieth of the run
+    eval_interval: int | None = None  # updates between evaluations; default as brc_sac.py's
     eval_episodes: int = 10  # evaluation episodes per task
     log_interval: int = 500  # updates between TensorBoard scalars
     checkpoint_interval: int | None = None  # updates between checkpoints; default every evaluation

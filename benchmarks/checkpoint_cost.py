@@ -57,6 +57,7 @@ def measure(args: Args, transitions: int, run_dir: Path) -> list[dict]:
     agent = brc_sac.Agent(run_args, 39, 4, args.num_tasks)
     normalizer = brc_sac.ReturnNormalizer(run_args, args.num_tasks, 4)
     buffer = brc_sac.ReplayBuffer(args.num_tasks, 39, 4, total)
+    parts = {"agent": agent, "normalizer": normalizer, "buffer": buffer}
     run, rows = harness.Run(run_args), []
     run.open(buffer)
     run.bar.close()
@@ -64,7 +65,7 @@ def measure(args: Args, transitions: int, run_dir: Path) -> list[dict]:
         fill(buffer, args.new if number else transitions)
         replay = sum(file.stat().st_size for file in run_dir.glob("replay/*"))
         start = time.perf_counter()
-        run.save(buffer.steps, brc_sac.state(agent, normalizer, buffer), buffer)
+        run.save(buffer.steps, {name: part.state_dict() for name, part in parts.items()}, buffer)
         seconds = time.perf_counter() - start
         written = sum(file.stat().st_size for file in [run_dir / "checkpoint.pt", *run_dir.glob("replay/*")]) - replay
         rows.append({"transitions_per_task": transitions, "tasks": args.num_tasks, "width": args.width,

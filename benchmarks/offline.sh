@@ -3,7 +3,7 @@
 #
 #     benchmarks/offline.sh [DIR]          hours on two cores; stopped, it goes on when it is called again
 #
-# The data are whole replays, from the first random step to the last policy: the demo's four tasks of MetaWorld and four
+# The data are whole replays, from the first random step to the last policy: four tasks of MetaWorld and four
 # of dm_control, each seed's own. An offline run makes as many updates as its sources' online ones, 2 x 36,000, on all
 # eight tasks with one network. Results: DIR/*/metrics.csv; benchmarks/report.py draws and tabulates them.
 set -euo pipefail
@@ -23,7 +23,8 @@ run() { # NAME SCRIPT ARGUMENTS...: that run, from where it was stopped
 }
 
 for seed in 0 1 2; do
-    run "online-mw-$seed" brc_sac.py --suite demo --seed $seed
+    run "online-mw-$seed" brc_sac.py --tasks reach drawer-close handle-press coffee-button --width 128 \
+        --batch-size 256 --learning-starts 1000 --total-steps 36000 --eval-interval 2000 --seed $seed
     run "online-dmc-$seed" brc_sac.py --tasks cartpole-swingup ball_in_cup-catch reacher-easy finger-spin --width 128 \
         --batch-size 256 --learning-starts 1000 --total-steps 36000 --eval-interval 2000 --seed $seed
     data="--data $out/online-mw-$seed $out/online-dmc-$seed"

@@ -1,12 +1,13 @@
 """A run's last networks as a small run directory, to be evaluated or transferred: no replay, no optimisers' moments.
 
-    python benchmarks/slim.py runs/pretrained pretrained/metaworld7
+    python benchmarks/slim.py runs/pre1 pretrained/mw7
 
 The target is the critic here (one copy in the file), the optimisers are as new. `--evaluate` and transfer.py (model and
 embedding) take the result; --resume and transfer.py data, which need the replay, say that they cannot.
 """
 
 import json
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,6 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import harness  # noqa: E402
 
-# Of args.json, what speaks of the machine that made the run.
-ELSEWHERE = ("go_on", "run_id", "resumed")
 
 
 @dataclass(frozen=True)
@@ -40,14 +39,14 @@ def slim(state: dict) -> dict:
 
 def main(args: Args | None = None) -> None:
     args = args or tyro.cli(Args, description=__doc__.split("\n\n")[0])
-    facts = json.loads((args.run / "args.json").read_text()) if (args.run / "args.json").exists() else {}
-    state = harness.read_checkpoint(args.run)
+    facts, state = json.loads((args.run / "args.json").read_text()), harness.read_checkpoint(args.run)
     harness.check_empty(args.out)
     args.out.mkdir(parents=True, exist_ok=True)
-    facts = {name: value for name, value in facts.items() if name not in ELSEWHERE}
-    facts |= {"program": Path(facts["program"]).name, "run_dir": str(args.out), "env_step": state["env_step"]}
+    program = Path(facts["program"]).name
+    facts |= {"program": program, "run_dir": str(args.out), "go_on": f"python {program} --evaluate {args.out}"}
     (args.out / "args.json").write_text(json.dumps(facts, indent=2) + "\n")
     torch.save(slim(state), args.out / "checkpoint.pt")
+    shutil.copy(args.run / "metrics.csv", args.out)
     print(f"{args.out}: step {state['env_step']:,}, {(args.out / 'checkpoint.pt').stat().st_size / 1e6:.2f} MB")
 
 

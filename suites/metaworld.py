@@ -33,7 +33,7 @@ SUITES = {
         pretrain=tuple(task for task in TASKS if task not in TRANSFER),
         transfer=TRANSFER,
     ),
-    # What a newcomer runs first, on a laptop's CPU in minutes: four of the easiest.
+    # What a newcomer runs first, on a laptop's CPU in minutes: three of the easiest.
     "demo": Suite(tasks=("drawer-close", "button-press", "door-close"), steps=16_000),
 }
 

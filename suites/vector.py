@@ -276,13 +276,15 @@ class VectorEnv:
     Observations are padded with zeros to the longest, O; each environment is given only its own slice of the actions.
     The seed of an environment depends on `seed` and its row alone: trajectories are the same whatever `workers` is.
 
-    tasks: N task names. workers: number of worker processes, 0 steps in this one, None is by the cores. render: make `render()` possible,
-    which steps in this one as well. make: `make(task, seed, render_mode=...)`, instead of `suites.make`; workers import
-    it by its name. pad_to: least O and A. rows: the row of each task in the whole run, by default 0 to N - 1, for processes that
-    share a run's tasks, and agree: what makes O and A the same in all of them. goals: as for `suites.make`; "frozen" makes every environment with `seed` itself, as the
-    authors do, and so with their goals.
-    Raises SuiteError, before anything is made, for what is missing here or cannot be drawn. Every method raises EnvError where an environment or a worker
-    fails; the vector environment is closed then.
+    tasks: N task names. workers: number of worker processes, 0 steps in this one, None is by the cores. render: make
+    `render()` possible, which steps in this one as well. make: `make(task, seed, render_mode=...)`, instead of
+    `suites.make`; workers import it by its name. pad_to: least O and A. rows: the row of each task in the whole run, by
+    default 0 to N - 1, for processes that share a run's tasks, and agree: what makes O and A the same in all of them.
+    goals: as for `suites.make`; "frozen" makes every environment with `seed` itself, as the authors do, and so with
+    their goals.
+
+    Raises SuiteError, before anything is made, for what is missing here or cannot be drawn. Every method raises EnvError
+    where an environment or a worker fails; the vector environment is closed then.
     """
 
     def __init__(

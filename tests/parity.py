@@ -57,7 +57,7 @@ ADAMW = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 1e-4}
 OPTIMIZERS = {"critic AdamW": ADAMW, "actor AdamW": ADAMW,
               "temperature Adam": ADAMW | {"beta1": 0.5, "weight_decay": 0.0}}
 # How far an update whose matrix products are rounded to 8 or 11 bits may be off: L2 error over L2 norm of each tensor,
-# of gradients and their norm, and of all else (losses, log-probabilities). The vectors' networks are small: a hard case.
+# of gradients and their norm, and of all else (losses, log-probabilities). The vectors' networks are small: hard.
 # On an H200 in tf32 a gradient is off by 0.045, and by the same to three digits on a CPU whose products' inputs are
 # rounded to 11 bits: it is that rounding and nothing else. bf16 is for the critics' bodies, tf32 for every product.
 LOW_PRECISION = {"bf16": (0.2, 0.01), "tf32": (0.1, 0.00125)}

@@ -54,3 +54,8 @@ def test_a_slim_run_has_the_networks_of_the_whole_one(tmp_path, monkeypatch):
     agent.load_state_dict(small)
     with pytest.raises(harness.UsageError, match="already holds files"):
         slim.main(slim.Args(tmp_path / "run", tmp_path / "slim"))
+
+
+def test_another_script_is_told_whose_it_is():
+    process = run("transfer.py", "model", "--resume", AGENT)
+    assert process.returncode == 2 and "is a run of brc_sac.py" in process.stderr, process.stderr

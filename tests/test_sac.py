@@ -516,9 +516,12 @@ def test_means_over_tasks_and_the_table():
         (dict(tasks=("h1-walk", "reach")),  # the longest of the budgets
          dict(total_steps=1_000_000, eval_interval=25_000)),
         (dict(split="pretrain"), dict(exp_name="brc_sac-mw-pretrain-paper", tasks=suites.SUITES["mw"].pretrain)),
-        (dict(suite="demo"), dict(tasks=suites.SUITES["demo"].tasks, width=128, batch_size=128, learning_starts=1000)),
+        (dict(suite="demo"),
+         dict(tasks=suites.SUITES["demo"].tasks, width=128, actor_width=128, batch_size=128, learning_starts=1000,
+              learning_rate=6e-4, init_temperature=0.01, tau=0.02, eval_episodes=5, eval_interval=1000)),
         (dict(suite="demo", width=64, learning_rate=3e-4), dict(width=64, learning_rate=3e-4, batch_size=128)),
-        (dict(suite="demo", tasks=("reach",)), dict(width=4096)),  # a task of one's own is not the demo
+        (dict(suite="demo", tasks=("reach",)),  # a task of one's own is not the demo
+         dict(width=4096, actor_width=256, learning_rate=3e-4, init_temperature=0.1, tau=0.005, eval_episodes=10)),
         (dict(total_steps=10, learning_starts=5), dict(total_steps=10, eval_interval=1, checkpoint_interval=1)),
         (dict(gamma=0.0, tau=1.0, weight_decay=0.0, workers=0), dict(gamma=0.0, tau=1.0, weight_decay=0.0, workers=0)),
     ],
