@@ -285,6 +285,7 @@ def test_the_critic_chooses_the_next_action_and_the_target_evaluates_it():
     atoms = torch.zeros(2, 18, dtype=int)  # each network's certain one of each action
     atoms[:, :2] = torch.tensor([[50, 70], [95, 60]])
     critic, target = map(Table, 50 * torch.nn.functional.one_hot(atoms, 101).float())
+    critic.table += torch.randn(18, 101)
     batch = Batch(torch.zeros(2, 1), torch.tensor([0, 1]), torch.tensor([1.0, -20.0]), torch.tensor([0.5, 0.0]),
                   torch.zeros(2, 1), torch.zeros(2, dtype=int))
     loss, metrics = brc_drq.critic_loss(critic, target, batch)
