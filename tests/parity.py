@@ -51,7 +51,6 @@ import brc_sac
 import devices
 from harness import UsageError
 
-RELEASE = brc_sac.resolve(brc_sac.Args(variant="release"))  # the vectors come from the authors' code
 STEPS = ["critic", "Polyak", "actor", "temperature", "end"]  # of an update, in this order
 ADAMW = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 1e-4}
 OPTIMIZERS = {"critic AdamW": ADAMW, "actor AdamW": ADAMW,
@@ -61,6 +60,12 @@ OPTIMIZERS = {"critic AdamW": ADAMW, "actor AdamW": ADAMW,
 # On an H200 in tf32 a gradient is off by 0.045, and by the same to three digits on a CPU whose products' inputs are
 # rounded to 11 bits: it is that rounding and nothing else. bf16 is for the critics' bodies, tf32 for every product.
 LOW_PRECISION = {"bf16": (0.2, 0.01), "tf32": (0.1, 0.00125)}
+
+
+def release(**changes) -> brc_sac.Args:
+    """The agent's own defaults in the release's variant, from whose code the vectors come, but for the changes."""
+    return replace(brc_sac.resolve(brc_sac.Args(variant="release")), **changes)
+
 
 # ---------------------------------------------------------------------------------------------------- files and rows
 class Vectors:
@@ -228,8 +233,8 @@ def fresh_agent(vectors: Vectors, device: str = "cpu", precision: str = "fp32", 
     tasks = vectors["init/critic.embedding"].shape if "critic.embedding" in init else (1, 32)
     depth = {net: sum(name.startswith(f"{net}.block") and name.endswith("dense1.bias") for name in init)
              for net in ("critic.0", "actor")}
-    args = replace(
-        RELEASE, width=len(vectors["init/critic.0.dense0.bias"]), critic_depth=depth["critic.0"],
+    args = release(
+        width=len(vectors["init/critic.0.dense0.bias"]), critic_depth=depth["critic.0"],
         actor_width=len(vectors["init/actor.dense0.bias"]), actor_depth=depth["actor"], embedding_dim=tasks[1],
         batch_size=vectors["batch/observations"].shape[1], num_atoms=len(vectors["init/critic.0.out.bias"]),
         v_max=float(vectors["cfg/v_max"]), precision=precision, compile=compile,
@@ -531,7 +536,7 @@ def trace(parameter: torch.nn.Parameter, optimizer, losses: Iterable[Callable[[]
 def observe_units(vectors: Vectors, atoms: Tensor, cases: list[str]) -> dict[str, Tensor]:
     """Adam on scripted entropies and gradients; a layer norm, an embedding and a projection on edge cases."""
     alpha, target_entropy = torch.nn.Parameter(vectors.tensor("temp/log_temp0")), float(vectors["temp/target_entropy"])
-    adam = brc_sac.make_temperature_adam(alpha, RELEASE)
+    adam = brc_sac.make_temperature_adam(alpha, release())
     losses, log_temps = trace(alpha, adam, [functools.partial(brc_sac.temperature_loss, alpha, entropy, target_entropy)
                                             for entropy in vectors.tensor("temp/entropies")])
     norm = brc_sac.layer_norm(vectors["layernorm/x"].shape[-1])
@@ -549,7 +554,7 @@ def observe_units(vectors: Vectors, atoms: Tensor, cases: list[str]) -> dict[str
     values["projection/target_probs"] = brc_sac.project_categorical(probs, positions, atoms)
     for case in cases:
         parameter = torch.nn.Parameter(vectors.tensor(f"{case}/param0"))
-        adamw = brc_sac.make_adamw([parameter], replace(RELEASE, learning_rate=float(vectors[f"{case}/lr"])))
+        adamw = brc_sac.make_adamw([parameter], release(learning_rate=float(vectors[f"{case}/lr"])))
         values[f"{case}/params"] = trace(parameter, adamw, [lambda x=gradient: (parameter * x).sum()
                                                             for gradient in vectors.tensor(f"{case}/grads")])[1]
     return values
@@ -558,7 +563,7 @@ def observe_units(vectors: Vectors, atoms: Tensor, cases: list[str]) -> dict[str
 def check_units(vectors: Vectors) -> list[Row]:
     cases = sorted({name.split("/")[0] for name in vectors.arrays if name.endswith("/param0")})
     v_max = float(vectors["projection/v_max"])
-    args = replace(RELEASE, width=1, num_atoms=len(vectors["projection/bins"]), v_max=v_max)
+    args = release(width=1, num_atoms=len(vectors["projection/bins"]), v_max=v_max)
     atoms = brc_sac.Critic(args, obs_dim=1, act_dim=1, num_embeddings=0).atoms
     values, tolerance = measure(lambda: observe_units(vectors, rounded(atoms), cases))
     for case in cases:
@@ -576,7 +581,7 @@ def check_units(vectors: Vectors) -> list[Row]:
 def observe_normalizer(vectors: Vectors) -> dict[str, Tensor]:
     rewards, act_dim = vectors["rewards"], int(vectors["act_dim"])
     steps, num_tasks = rewards.shape
-    args = replace(RELEASE, v_max=float(vectors["v_max"]))
+    args = release(v_max=float(vectors["v_max"]))
     normalizer = brc_sac.ReturnNormalizer(args, num_tasks, act_dim)
     buffer = brc_sac.ReplayBuffer(num_tasks, obs_dim=1, act_dim=act_dim, capacity=2 * steps)
     batch_rewards, task_ids = vectors.tensor("batch_rewards"), vectors.tensor("batch_task_ids").long()
@@ -621,7 +626,7 @@ def observe_normalizer(vectors: Vectors) -> dict[str, Tensor]:
 def check_normalizer(vectors: Vectors) -> list[Row]:
     values, tolerance = measure(lambda: observe_normalizer(vectors))
     rows = [compare(name, value, vectors[name], tolerance[name]) for name, value in values.items()]
-    target_entropy = brc_sac.ReturnNormalizer(RELEASE, 1, int(vectors["act_dim"])).target_entropy
+    target_entropy = brc_sac.ReturnNormalizer(release(), 1, int(vectors["act_dim"])).target_entropy
     rows.append(compare("target_entropy", target_entropy, vectors["target_entropy"], 1e-6))
     return rows + [compare("discount", brc_sac.Args.gamma, vectors["discount"], 1e-6)]
 

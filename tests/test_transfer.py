@@ -216,7 +216,7 @@ class Scripted(Pendulum):
 def test_a_trial_does_not_rank_a_cut_off_episode_against_whole_ones(monkeypatch, lengths, expected):
     source = SimpleNamespace(args=transfer.Args("embedding", transitions_per_candidate=300), space=(39, 4))
     run = SimpleNamespace(args=SimpleNamespace(tasks=("walker-walk",), seed=0, goals="fresh"), stop=0,
-                          bar=SimpleNamespace(update=lambda: None))
+                          bar=SimpleNamespace(step=lambda learning: None))
     agent, env = SimpleNamespace(device="cpu", act=lambda obs, noise: torch.zeros(1, 4)), Scripted(*lengths)
     monkeypatch.setattr(suites, "make", lambda *args, **options: env)
     assert transfer.trial(source, run, agent, "x")["return"] == expected and env.steps == 300
