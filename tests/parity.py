@@ -68,6 +68,8 @@ def release(**changes) -> brc_sac.Args:
 
 
 # ---------------------------------------------------------------------------------------------------- files and rows
+
+
 class Vectors:
     """The arrays of one file; remembers which were read, so that none is left out unnoticed."""
 
@@ -203,6 +205,8 @@ def measure(observe: Callable[[], dict[str, Tensor]]) -> tuple[dict, dict]:
 
 
 # ------------------------------------------------------------------------------------------- parameters by their names
+
+
 def reference_name(name: str) -> str:
     """The file's name of a parameter: critic.members.0.0.blocks.1.ln2.weight -> critic.0.block2.ln2.scale."""
     name = re.sub(r"members\.(\d)\.0\.", r"\1.", name)
@@ -255,6 +259,8 @@ def load_parameters(agent: brc_sac.Agent, vectors: Vectors) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- recording
+
+
 class Call(NamedTuple):
     """One call of a function or network: its arguments, its result, and the torch operations inside."""
 
@@ -311,6 +317,8 @@ def recorded(agent: brc_sac.Agent):
 
 
 # -------------------------------------------------------------------------------------------------- kind 1: updates
+
+
 def read_batch(vectors: Vectors, u: int) -> tuple[brc_sac.Batch, Tensor, Tensor]:
     """What update u = 0, 1, ... takes: its batch, whose rewards are normalised already, and both noises."""
     batch = brc_sac.Batch(
@@ -523,6 +531,8 @@ def check_normal(name: str, table: np.ndarray) -> Row:
 
 
 # ---------------------------------------------------------------------------------------------------- kind 2: units
+
+
 def trace(parameter: torch.nn.Parameter, optimizer, losses: Iterable[Callable[[], Tensor]]) -> tuple[Tensor, Tensor]:
     """A step for each loss; returns the losses, and the parameter after each step."""
     values, steps = [], []
@@ -578,6 +588,8 @@ def check_units(vectors: Vectors) -> list[Row]:
 
 
 # ----------------------------------------------------------------------------------------------- kind 3: normalizer
+
+
 def observe_normalizer(vectors: Vectors) -> dict[str, Tensor]:
     rewards, act_dim = vectors["rewards"], int(vectors["act_dim"])
     steps, num_tasks = rewards.shape

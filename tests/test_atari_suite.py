@@ -24,6 +24,8 @@ def test_settings():
 
 
 # ------------------------------------------------------------------------------------------------- the native games
+
+
 def same_start(games: Games, game: str, max_frames: int = 108_000) -> tuple:
     """Starts a game natively and by Gymnasium with the same number of no-ops.
 

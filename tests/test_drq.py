@@ -37,6 +37,8 @@ def make_batch() -> Batch:
 
 
 # ------------------------------------------------------------------------------------------------------- arguments
+
+
 @pytest.mark.parametrize(("given_args", "resolved"), [
     (dict(), dict(batch_size=256, updates_per_step=2, learning_starts=1600, total_steps=100_000, n_step=3,
                   learning_rate=1e-4, checkpoint_interval=5000, epsilon=0.01, eval_epsilon=0.001, encoder_scale=1.0,
@@ -66,6 +68,8 @@ def test_bad_arguments_are_refused(given_args, message):
 
 
 # -------------------------------------------------------------------------------------------------------- networks
+
+
 def test_the_encoder_halves_the_image_three_times_and_a_block_adds_to_its_input():
     encoder, shapes = brc_drq.Encoder((3, 5, 6)), []
     for stage in encoder.stages:
@@ -120,6 +124,8 @@ def test_bf16_is_for_convolutions_and_products_alone():
 
 
 # --------------------------------------------------------------------------------------------------- replay buffer
+
+
 class Stream(test_sac.Stream):
     """Frames are numbered, in 2x2 pixels of one byte. A life is lost in every step whose number is divisible by `life`.
 
@@ -239,6 +245,8 @@ def test_the_replay_goes_where_there_is_room():
 
 
 # ---------------------------------------------------------------------------------------------------------- losses
+
+
 @pytest.mark.parametrize("shift", [(0, 0), (4, -4), (-3, 2), (1, 0)])
 def test_random_shift_is_a_crop_of_the_replicated_image(shift):
     obs = torch.randint(256, (1, 4, 84, 84), dtype=torch.uint8)
@@ -296,6 +304,8 @@ def test_the_critic_chooses_the_next_action_and_the_target_evaluates_it():
 
 
 # ----------------------------------------------------------------------------------------------------------- agent
+
+
 def test_updates_lower_the_loss_of_a_fixed_batch_and_the_target_follows_by_tau():
     # With discount 0 what is to be learned of every observation is one reward.
     agent, batch = Agent(make_args(learning_rate=5e-3, tau=0.25), 2), make_batch()._replace(discount=torch.zeros(8))
@@ -325,6 +335,8 @@ def test_epsilon_falls_over_5000_steps_once_learning_starts():
 
 
 # --------------------------------------------------------------------------------------- evaluation, training loop
+
+
 @pytest.mark.parametrize(("episodes", "played", "returns"), [
     # Rewards are the row's number + 1 in each step; first copies' episodes are of 3 steps, second ones' of 7.
     (2, [[0, 1, 2, 3]] * 3 + [[1, 3]] * 4, [(3 * 1 + 7 * 2) / 2, (3 * 3 + 7 * 4) / 2]),

@@ -67,6 +67,8 @@ def assert_same_run(ours, theirs) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- exact resume
+
+
 @pytest.mark.parametrize(("variant", "buffer_size"), [("paper", 1000), ("paper", 50), ("release", 50)])
 def test_a_resumed_run_equals_one_that_never_stopped(program, monkeypatch, variant, buffer_size):
     """Also where a signal comes in the midst of an evaluation, which is then left to the resumed run."""
@@ -126,6 +128,8 @@ def test_a_run_that_is_killed_at_random_moments_is_complete_in_the_end(program, 
 
 
 # --------------------------------------------------------------------------------------------------------- signals
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("step", [0, 27])
 def test_a_signal_stops_the_run_with_a_checkpoint(sac, number, step):
@@ -165,6 +169,8 @@ def test_a_second_sigint_ends_at_once(sac):
 
 
 # --------------------------------------------------------------------------------------------------- damaged files
+
+
 def flipped_bit(content: bytes) -> bytes:
     middle = len(content) // 2 if content[:2] == b"PK" else len(content) * 7 // 8  # what only the last checkpoint needs
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:]
@@ -269,6 +275,8 @@ def test_foreign_files_stay_and_cost_nothing(sac, finished, capsys):
 
 
 # --------------------------------------------------------------------------------------------------- failing disks
+
+
 def limit_files(size: int) -> None:
     """From now on the kernel refuses to write to a file of this process behind `size` bytes, as a full disk does."""
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
@@ -414,6 +422,8 @@ def test_runs_in_weights_and_biases_have_ids_of_their_own_that_a_resume_keeps(sa
 
 
 # ------------------------------------------------------------------------------------------------------- ownership
+
+
 def test_two_new_runs_in_one_second_have_a_directory_each(sac):
     flags = SMALL["brc_sac"].replace("--total-steps 80", "--total-steps 25")
     fixed = lambda: setattr(harness.time, "strftime", lambda form: "20000101-000000")  # noqa: E731
@@ -449,6 +459,8 @@ def test_of_two_runs_that_want_one_directory_at_once_one_gets_it(sac):
 
 
 # ---------------------------------------------------------------------------------------------------------- faults
+
+
 @pytest.mark.parametrize(("error", "told"), [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True), (MemoryError("no more"), True),
     (RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"), True),

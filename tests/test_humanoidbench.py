@@ -15,6 +15,8 @@ from suites.base import SuiteError
 
 
 # ---------------------------------------------------------------------------------------------------------- errors
+
+
 def test_every_task_has_its_returns():
     medium, hard = suites.SUITES["hb-medium"], suites.SUITES["hb-hard"]
     assert {*medium.tasks, *hard.tasks, *hard.transfer} == set(humanoidbench.RETURNS)
@@ -53,6 +55,8 @@ def test_missing_models_are_named(fake_package):
 
 
 # --------------------------------------------------------------------------------------------------- environments
+
+
 def test_time_limits():
     for task, length in (("h1-walk", 1000), ("h1hand-bookshelf_hard", 1000), ("h1hand-insert_small", 500),
                          ("h1hand-insert_normal", 500)):

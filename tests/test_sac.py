@@ -50,6 +50,8 @@ def make_batch() -> Batch:
 
 
 # ----------------------------------------------------------------------------------------- categorical projection
+
+
 def naive_projection(probs: np.ndarray, positions: np.ndarray, atoms: np.ndarray) -> np.ndarray:
     """One particle after the other, in float64."""
     projected = np.zeros_like(probs, dtype=np.float64)
@@ -93,6 +95,8 @@ def test_clipped_mass_stays_on_the_outermost_atoms_and_nan_reaches_the_loss(modu
 
 
 # ------------------------------------------------------------------------------------------------- replay buffer
+
+
 class Stream:
     """Unending episodes of every task, whose observations, actions and rewards are all different numbers.
 
@@ -304,6 +308,8 @@ def test_policy_entropy_is_averaged_per_task():
 
 
 # ---------------------------------------------------------------------------------------------- networks, update
+
+
 def count(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
@@ -381,6 +387,8 @@ def test_in_bf16_only_matrix_products_change():
 
 
 # -------------------------------------------------------------------------------------------------- training loop
+
+
 def learned(args: Args) -> tuple[Agent, ReturnNormalizer, ReplayBuffer]:
     """What a resume finds in the last checkpoint of a run."""
     agent = Agent(args, *torch.load(Path(args.run_dir) / "checkpoint.pt", weights_only=True)["agent"]["sizes"])
@@ -443,6 +451,8 @@ def test_values_are_known_in_raw_reward_units():
 
 
 # ---------------------------------------------------------------------------------------------------- evaluation
+
+
 class ScriptedEnvs:
     """In place of a VectorEnv: episodes of fixed lengths; every reward is the number of the episode, from 1.
 
@@ -505,6 +515,8 @@ def test_means_over_tasks_and_the_table():
 
 
 # ----------------------------------------------------------------------------------------------------- arguments
+
+
 @pytest.mark.parametrize(
     ("given_args", "resolved"),
     [

@@ -12,6 +12,8 @@ from suites.base import SuiteError, missing_file
 
 
 # ---------------------------------------------------------------------------------------------------------- errors
+
+
 def test_task_list():
     assert len({*shadowhand.TASKS, *shadowhand.TRANSFER}) == 114 and not shadowhand.owns("hammer")
 

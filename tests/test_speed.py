@@ -88,6 +88,8 @@ def test_an_agent_is_freed_with_its_last_name():
 
 
 # -------------------------------------------------------------------------------------------------------------- GPU
+
+
 def make_learner(graph: bool, **changes):
     """An agent on a GPU, its updates as `train` has them, eager or as a graph, and what stores a random step."""
     torch.manual_seed(0)

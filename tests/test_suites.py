@@ -231,6 +231,8 @@ def test_a_machine_that_cannot_draw_is_told_so(setting, library, reason, monkeyp
 
 
 # -------------------------------------------------------------------------------------------------- MetaWorld
+
+
 @pytest.mark.parametrize("task", ["reach", "drawer-close", "button-press"])
 def test_metaworld_success_by_its_scripted_policy(task):
     from metaworld.policies import ENV_POLICY_MAP
@@ -255,6 +257,8 @@ def test_metaworld_actions_are_clipped(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------- dm_control
+
+
 def test_dmc_observation_is_the_dictionary_in_its_order():
     from dm_control import suite
 

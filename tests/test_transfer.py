@@ -104,6 +104,8 @@ def networks(agent: dict) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------------- model transfer
+
+
 @pytest.mark.parametrize(("name", "options", "spent"), [
     ("model-transfer", "", 0), ("model-transfer-initial", "--temperature initial", 0), ("scratch", "--baseline", 0),
     ("model-transfer-best", "--start best --transitions 17", 15)])  # 17 transitions for three are five each
@@ -150,6 +152,8 @@ def test_a_pretrained_critic_learns_nothing_before_the_first_episode_has_ended(t
 
 
 # --------------------------------------------------------------------------------------------------- embedding transfer
+
+
 @pytest.mark.parametrize(("mode", "spent", "tuned"), [("zero-shot", 0, 0), ("select", 15, 0), ("tune", 15 + 5, 30)])
 def test_embedding_transfer_changes_the_embedding_alone_and_counts_every_transition(
         transfers, monkeypatch, capsys, mode, spent, tuned):
@@ -252,6 +256,8 @@ def test_budgets_are_the_same_for_all_of_a_suites_transfer_tasks(transfers, opti
 
 
 # -------------------------------------------------------------------------------------------------------- data transfer
+
+
 @pytest.mark.parametrize("prior", ["separate", "merged"])
 def test_half_of_each_batch_comes_from_the_pretraining_replay(transfers, capsys, prior):
     before = files_under(transfers.pre)
@@ -301,6 +307,8 @@ def test_the_replay_is_needed_for_data_transfer_alone_and_a_damaged_checkpoint_l
 
 
 # ------------------------------------------------------------------------------------------------- programs, refusals
+
+
 def test_the_agent_is_the_program_that_wrote_the_checkpoint(transfers, tmp_path):
     idea, ablation = tmp_path / "my_idea.py", tmp_path / "my_ablation.py"
     idea.write_text(Path(brc_sac.__file__).read_text().replace("class Agent:", "class Agent:\n    MINE = True\n"))
@@ -347,6 +355,8 @@ def test_what_cannot_be_run_is_refused_in_one_sentence_and_creates_nothing(trans
     assert re.search(message, Program(transfer, tmp_path).refused(arguments.format(**folders)))
     assert (files_under(transfers.pre), files_under(tmp_path).keys()) == before
 # ------------------------------------------------------------------------------------------------------------- resuming
+
+
 def test_several_tasks_go_on_after_a_stop_and_draw_the_map(transfers, monkeypatch, tmp_path, capsys):
     """Stopped in the first task's trials, which are made again, and after them, when they are not."""
     run_dir, tasks, trial, trials = tmp_path / "run", ("window-open", "cartpole-balance"), transfer.trial, []
@@ -414,6 +424,8 @@ def test_a_stopped_tune_goes_on_to_the_same_bits(transfers, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------- Atari
+
+
 def test_all_protocols_take_a_checkpoint_of_brc_drq(transfers, monkeypatch, tmp_path):
     args = brc_drq.Args(tasks=("Pong", "Breakout"), encoder_scale=1 / 128, hidden_width=8, batch_size=4, max_frames=80,
                         learning_starts=20, total_steps=24, eval_episodes=1, device="cpu",

@@ -278,6 +278,8 @@ def test_frames_are_rendered_in_this_process_only(vector_env):
 
 
 # ------------------------------------------------------------------------------------- what a container leaves over
+
+
 def test_shared_memory_falls_back_to_the_temporary_directory(vector_env, monkeypatch, tmp_path):
     expected, full, allocate = rollout(vector_env(COUNTERS, seed=0), 10), [], os.posix_fallocate
     no_space, read_only = (OSError(number, os.strerror(number)) for number in (errno.ENOSPC, errno.EROFS))
