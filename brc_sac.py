@@ -144,6 +144,7 @@ class Args:
     """Initial entropy temperature alpha; default 0.1 (paper, Table 3), demo 0.01."""
 
 
+PAPER = dict(width=4096, actor_width=256, learning_starts=5000, learning_rate=3e-4, init_temperature=0.1, tau=0.005)
 # What a laptop's CPU can do in minutes; measured in benchmarks/README.md.
 DEMO = dict(width=128, actor_width=128, batch_size=128, learning_starts=1000, learning_rate=6e-4, init_temperature=0.01,
             tau=0.02, eval_interval=1000, eval_episodes=5)
@@ -162,9 +163,8 @@ def resolve(args: Args) -> Args:
     label = args.suite + "-pretrain" * (args.split == "pretrain")
     if args.tasks:
         label = "-".join(tasks) if len(tasks) <= 3 else f"{len(tasks)}tasks"
-    defaults = {
-        "width": 4096, "actor_width": 256, "batch_size": 1024 if len(tasks) > 1 else 256, "learning_starts": 5000,
-        "learning_rate": 3e-4, "init_temperature": 0.1, "tau": 0.005, "eval_episodes": 10,
+    defaults = PAPER | {
+        "batch_size": 1024 if len(tasks) > 1 else 256, "eval_episodes": 10,
         "total_steps": suites.steps(tasks) if args.tasks else suites.SUITES[args.suite].steps,
         "exp_name": f"{harness.PROGRAM.stem}-{label}-{args.variant}",
         "embedding_norm": {"paper": "l1", "release": "l2"}[args.variant],

@@ -105,11 +105,11 @@ class Threads:
 
     @staticmethod
     def _time(number: int, most: float = math.inf) -> Generator[None, float, float]:
-        """Seconds of a step with that many threads: of eight, or of two that both take more than `most`."""
+        """Seconds of a step with that many threads: of eight, or of fewer if they are slow or all take over `most`."""
         torch.set_num_threads(number)
         yield  # the first one also wakes the threads up
         seconds: list[float] = []
-        while len(seconds) < 8 and not (len(seconds) == 2 and min(seconds) > most):
+        while len(seconds) < 2 or len(seconds) < 8 and sum(seconds) < 2 and min(seconds) < most:
             seconds.append((yield))
         return mean_but_longest(seconds)
 

@@ -1,36 +1,57 @@
 #!/usr/bin/env bash
 # Finds the weight of offline.py's cloning term, and sets BRC+BC beside cloning alone and beside learning online.
 #
-#     benchmarks/offline.sh [DIR]          hours on two cores; stopped, it goes on when it is called again
+#     benchmarks/offline.sh weights [DIR]      seed 0: an online run, then a weight after the other on its whole replay
+#     benchmarks/offline.sh seed S [DIR]       online, BRC+BC and cloning; data: the whole replay, and its last fifth
 #
-# The data are whole replays, from the first random step to the last policy: four tasks of MetaWorld and four
-# of dm_control, each seed's own. An offline run makes as many updates as its sources' online ones, 2 x 36,000, on all
-# eight tasks with one network. Results: DIR/*/metrics.csv; benchmarks/report.py draws and tabulates them.
+# Stopped, it goes on when it is called again. An offline run makes as many updates as the online run whose replay it
+# learns from. Results: DIR/*/metrics.csv; benchmarks/report.py draws and tabulates them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-out=${1:-runs/offline}
+what=$1
+if [ "$what" = seed ]; then
+    seed=$2
+    shift
+else
+    seed=0
+fi
+out=${2:-runs/offline}
 python=${PYTHON:-python}
-sizes="--width 128 --batch-size 256 --eval-interval 12000"
+steps=${STEPS:-15000} start=1000
+updates=$((2 * (steps - start)))
+sizes="--width 128 --batch-size 256"
 
-run() { # NAME SCRIPT ARGUMENTS...: that run, from where it was stopped
+run() { # NAME SCRIPT ARGUMENTS...: that run, from where it was stopped; what is complete is left as it is
     local dir="$out/$1" script=$2
     shift 2
-    if [ -e "$dir/args.json" ]; then
+    if [ -e "$dir/complete" ]; then
+        return
+    elif [ -e "$dir/args.json" ]; then
         "$python" "$script" --resume "$dir"
     else
-        "$python" "$script" "$@" --run-dir "$dir"
+        "$python" "$script" "$@" --seed "$seed" --run-dir "$dir"
     fi
+    touch "$dir/complete"
 }
 
-for seed in 0 1 2; do
-    run "online-mw-$seed" brc_sac.py --tasks reach drawer-close handle-press coffee-button --width 128 \
-        --batch-size 256 --learning-starts 1000 --total-steps 36000 --eval-interval 2000 --seed $seed
-    run "online-dmc-$seed" brc_sac.py --tasks cartpole-swingup ball_in_cup-catch reacher-easy finger-spin --width 128 \
-        --batch-size 256 --learning-starts 1000 --total-steps 36000 --eval-interval 2000 --seed $seed
-    data="--data $out/online-mw-$seed $out/online-dmc-$seed"
+offline() { # NAME ARGUMENTS...: a run of offline.py on this seed's replay
+    local name=$1
+    shift
+    run "$name-$seed" offline.py --data "$out/online-$seed" --updates $updates --eval-interval $((updates / 4)) $sizes \
+        --exp-name "$name" "$@"
+}
+
+run "online-$seed" brc_sac.py --tasks drawer-close door-close cartpole-balance walker-stand $sizes --actor-width 256 \
+    --learning-starts $start --total-steps "$steps" --eval-interval $(((steps - start) / 4)) --exp-name online
+if [ "$what" = weights ]; then
     for weight in 0 0.1 0.3 1 3 10 30; do
-        run "bc$weight-$seed" offline.py $data --updates 72000 --bc-weight $weight --exp-name "offline-$weight" $sizes \
-            --seed $seed
+        offline "weight-$weight" --bc-weight $weight
     done
-    run "cloning-$seed" offline.py $data --updates 72000 --bc-only --exp-name offline-cloning $sizes --seed $seed
-done
+else
+    for data in whole last-fifth; do
+        last=$([ $data = whole ] || echo "--last $((steps / 5))")
+        offline "brc-bc-$data" $last
+        offline "cloning-$data" $last --bc-only
+        offline "no-cloning-$data" $last --bc-weight 0
+    done
+fi

@@ -6,7 +6,6 @@ The target is the critic here (one copy in the file), the optimisers are as new.
 embedding) take the result; --resume and transfer.py data, which need the replay, say that they cannot.
 """
 
-import json
 import shutil
 import sys
 from dataclasses import dataclass
@@ -16,8 +15,8 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import brc_sac  # noqa: E402
 import harness  # noqa: E402
-
 
 
 @dataclass(frozen=True)
@@ -39,12 +38,13 @@ def slim(state: dict) -> dict:
 
 def main(args: Args | None = None) -> None:
     args = args or tyro.cli(Args, description=__doc__.split("\n\n")[0])
-    facts, state = json.loads((args.run / "args.json").read_text()), harness.read_checkpoint(args.run)
+    _, facts = harness.read_args(args.run, brc_sac.Args)
+    state = harness.read_checkpoint(args.run)
     harness.check_empty(args.out)
     args.out.mkdir(parents=True, exist_ok=True)
     program = Path(facts["program"]).name
     facts |= {"program": program, "run_dir": str(args.out), "go_on": f"python {program} --evaluate {args.out}"}
-    (args.out / "args.json").write_text(json.dumps(facts, indent=2) + "\n")
+    harness.write_json(args.out / "args.json", facts)
     torch.save(slim(state), args.out / "checkpoint.pt")
     shutil.copy(args.run / "metrics.csv", args.out)
     print(f"{args.out}: step {state['env_step']:,}, {(args.out / 'checkpoint.pt').stat().st_size / 1e6:.2f} MB")

@@ -1,12 +1,12 @@
 """Milliseconds of a training step alone and beside busy processes: torch's threads as it has them, and as chosen.
 
     python benchmarks/threads.py --csv benchmarks/results/threads_cpu.csv
-    python benchmarks/threads.py --suites demo --rehearse           the same in small, in seconds, for a test
+    python benchmarks/threads.py --cases demo --rehearse            the same in small, in seconds, for a test
 
-A real run of each suite, environment workers included, goes through these situations in turn: alone, beside one busy
+A real run of each case, environment workers included, goes through these situations in turn: alone, beside one busy
 process at the lowest priority, beside two, beside one of the same priority; each is a loop of Python. In each it makes
 steps with all cores' threads, as torch has them ("all"), and with as many as devices.Threads chooses ("chosen"), which
-has to notice first that something has changed. The busy processes are of this session or of another: where Linux groups
+has to notice first that something has changed. Large networks are timed alone only. The busy processes are of this session or of another: where Linux groups
 processes by session, priorities count within one only. Run it on an otherwise idle machine.
 """
 
@@ -30,17 +30,19 @@ import devices  # noqa: E402
 import harness  # noqa: E402
 from benchmarks.throughput import facts_of  # noqa: E402
 
-SIZES = {"demo": {}, "mw": dict(width=256)}  # of batch and networks; all else is the suite's default
 SMALL = dict(width=16, actor_width=16, batch_size=8, workers=0, compile=False)
 # How many busy processes, their priority (19 is the lowest, 0 this program's), and whose session they are of.
 SITUATIONS = [(0, "", ""), (1, 19, "this"), (1, 19, "another"), (2, 19, "this"), (1, 0, "this")]
+# Suite, width, and situations; all else is the suite's default.
+CASES = {"demo": ("demo", None, SITUATIONS), "mw-256": ("mw", 256, SITUATIONS), "mw-512": ("mw", 512, SITUATIONS[:1]),
+         "mw-1024": ("mw", 1024, SITUATIONS[:1])}
 BUSY = "import os; os.nice({nice})\nwhile True: pass"
 
 
 @dataclass(frozen=True)
 class Args:
-    suites: tuple[str, ...] = tuple(SIZES)
-    """Which suites' tasks to train."""
+    cases: tuple[str, ...] = tuple(CASES)
+    """What to train: the demo, or MetaWorld-50 at a width."""
     steps: int = 40
     """Steps to time in each situation; the median counts."""
     seconds: float = 8.0
@@ -54,20 +56,21 @@ class Args:
 
 
 class AllCores(devices.Threads):
-    """Today's behaviour before there was a choice: as many threads as torch has."""
+    """As before there was a choice: as many threads as torch has."""
 
     def step(self) -> str:
         return ""
 
 
-def measure(suite: str, args: Args) -> list[dict]:
-    """Rows of one suite: situation, threads, milliseconds of a step."""
+def measure(case: str, args: Args) -> list[dict]:
+    """Rows of one case: situation, threads, milliseconds of a step."""
     rows, busy = [], []
+    suite, width, its_situations = CASES[case]
 
     def situations(run: harness.Run):
         """Is resumed after every step that learned."""
         ways = {"all": AllCores(None, "cpu"), "chosen": devices.Threads(None, "cpu")}
-        for number, nice, session in SITUATIONS:
+        for number, nice, session in its_situations:
             while busy:
                 busy.pop().kill()
             program = [sys.executable, "-c", BUSY.format(nice=nice)]
@@ -99,7 +102,7 @@ def measure(suite: str, args: Args) -> list[dict]:
             next(run.situation, None)
 
     count, harness.Run.step = harness.Run.step, step
-    sizes = SMALL if args.rehearse else SIZES.get(suite, {})
+    sizes = SMALL if args.rehearse else {"width": width}
     with tempfile.TemporaryDirectory() as folder:
         given = brc_sac.Args(suite=suite, device="cpu", learning_starts=60, save_replay=False, eval_interval=10**9,
                              run_dir=f"{folder}/run", **sizes)
@@ -121,8 +124,8 @@ def main(args: Args) -> None:
         args = dataclasses.replace(args, steps=10, seconds=0.1)
     facts = facts_of(torch.device("cpu"))
     rows: list[dict] = []
-    for suite in args.suites:
-        rows += measure(suite, args)
+    for case in args.cases:
+        rows += measure(case, args)
         if args.csv:
             with open(args.csv, "w", newline="") as file:
                 writer = csv.DictWriter(file, [*rows[0], *facts], lineterminator="\n")

@@ -89,9 +89,6 @@ class Args:
     """Also write the results to this file: one row per case, with hardware, versions, date and command."""
 
 
-PAPER = dict(actor_width=256, learning_rate=3e-4, init_temperature=0.1, tau=0.005)
-
-
 class Peaks(NamedTuple):
     flops_per_s: float
     bytes_per_s: float
@@ -236,12 +233,19 @@ def layer_macs(network: torch.nn.Module, forward: Callable[[], object]) -> list[
     return macs
 
 
+def sac_args(args: Args, tasks: tuple[str, ...], width: int, precision: str, compile: bool, graph: bool
+             ) -> brc_sac.Args:
+    """The paper's, at this width; `resolve` knows no tasks that are mere numbers."""
+    given = dict(width=width, batch_size=args.batch_size or 1024, precision=precision, compile=compile,
+                 cuda_graph=graph, embedding_norm="l1")
+    return brc_sac.Args(tasks=tasks, **brc_sac.PAPER | given)
+
+
 def make_case(args: Args, size: float, precision: str, compile: bool, graph: bool, device: torch.device) -> Case:
     """One case of the given width or encoder scale."""
     tasks = tuple(str(task) for task in range(args.num_tasks or (50 if args.agent == "sac" else 26)))
     if args.agent == "sac":
-        run = brc_sac.Args(tasks=tasks, width=size, batch_size=args.batch_size or 1024, precision=precision,
-                           compile=compile, cuda_graph=graph, embedding_norm="l1", **PAPER)
+        run = sac_args(args, tasks, size, precision, compile, graph)
         case = sac(run, args.obs_dim, args.act_dim, device)
         fill(case)
         return case
@@ -325,8 +329,7 @@ def loop(args: Args, width: int, precision: str, compile: bool, graph: bool, dev
     workers = default_workers(tasks) if args.workers is None else args.workers
     envs = VectorEnv(tasks, seed=0, workers=workers)
     try:
-        run = brc_sac.Args(tasks=tasks, width=width, batch_size=args.batch_size or 1024, precision=precision,
-                           compile=compile, cuda_graph=graph, embedding_norm="l1", **PAPER)
+        run = sac_args(args, tasks, width, precision, compile, graph)
         case = sac(run, envs.obs_dim, envs.act_dim, device)
         agent, normalizer, buffer = case.parts
         obs, spent = envs.reset(seed=0), dict.fromkeys(("act", "update", "wait for environments", "store"), 0.0)

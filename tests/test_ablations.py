@@ -62,8 +62,8 @@ def load(name: str) -> None:
 
 def make_agent(**changes):
     small = dict(tasks=("reach", "push"), width=4, actor_width=4, num_atoms=5, embedding_dim=2, compile=False,
-                 embedding_norm="l1", learning_rate=3e-4, init_temperature=0.1, tau=0.005)
-    return brc_sac.Agent(brc_sac.Args(**small | changes), 3, 2, 2)
+                 embedding_norm="l1")
+    return brc_sac.Agent(brc_sac.Args(**brc_sac.PAPER | small | changes), 3, 2, 2)
 
 
 def make_batch(size: int = 6) -> brc_sac.Batch:

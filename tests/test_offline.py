@@ -24,8 +24,8 @@ from offline_data.runs import RunReplay
 
 TASKS = ("pendulum-swingup", "cartpole-swingup")  # observations of 3 and 5, actions of 1
 SIZES = {"pendulum-swingup": (3, 1), "cartpole-swingup": (5, 1), "reach": (39, 4), "walker-stand": (24, 6)}
-ARGS = brc_sac.Args(tasks=TASKS, width=16, actor_width=16, embedding_norm="l1", compile=False, learning_rate=3e-4,
-                    init_temperature=0.1, tau=0.005, eval_episodes=10)
+SMALL = dict(tasks=TASKS, width=16, actor_width=16, embedding_norm="l1", compile=False, eval_episodes=10)
+ARGS = brc_sac.Args(**brc_sac.PAPER | SMALL)
 
 
 def environments(tasks: tuple[str, ...]) -> SimpleNamespace:

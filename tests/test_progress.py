@@ -275,7 +275,7 @@ def test_what_is_compiled_serves_any_number_of_threads():
 
 
 def test_the_benchmark_runs_in_small(tmp_path):
-    command = [sys.executable, ROOT / "benchmarks/threads.py", "--suites", "demo", "--rehearse", "--csv"]
+    command = [sys.executable, ROOT / "benchmarks/threads.py", "--cases", "demo", "--rehearse", "--csv"]
     command += [tmp_path / "a.csv"]
     env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     process = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)

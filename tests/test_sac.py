@@ -32,9 +32,9 @@ MODULES = brc_sac, brc_drq
 def make_args(**changes) -> Args:
     """Small enough for milliseconds; two tasks, so that there is an embedding."""
     small = dict(tasks=("reach", "cartpole-swingup"), width=16, actor_width=16, batch_size=64, learning_starts=4,
-                 total_steps=1000, eval_interval=100, checkpoint_interval=100, compile=False, embedding_norm="l1",
-                 learning_rate=3e-4, init_temperature=0.1, tau=0.005, eval_episodes=10)
-    return Args(**small | changes)
+                 total_steps=1000, eval_interval=100, eval_episodes=10, checkpoint_interval=100, compile=False,
+                 embedding_norm="l1")
+    return Args(**brc_sac.PAPER | small | changes)
 
 
 def make_agent(**changes) -> Agent:

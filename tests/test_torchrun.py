@@ -20,7 +20,6 @@ from conftest import checkpoint
 ROOT = Path(brc_sac.__file__).parent
 TASKS = ("cartpole-swingup", "reacher-easy", "ball_in_cup-catch")
 SIZES = dict(width=16, actor_width=16, batch_size=32, embedding_norm="l1")
-PAPER = dict(learning_rate=3e-4, init_temperature=0.1, tau=0.005)
 
 
 def make_batch(tasks: list[int], seed: int = 0) -> tuple[brc_sac.Batch, torch.Tensor, torch.Tensor]:
@@ -36,7 +35,7 @@ def make_batch(tasks: list[int], seed: int = 0) -> tuple[brc_sac.Batch, torch.Te
 
 def make_agent(num_tasks: int) -> brc_sac.Agent:
     torch.manual_seed(0)
-    return brc_sac.Agent(brc_sac.Args(compile=False, **SIZES, **PAPER), 5, 2, num_tasks)
+    return brc_sac.Agent(brc_sac.Args(compile=False, **brc_sac.PAPER | SIZES), 5, 2, num_tasks)
 
 
 def gradients(agent: brc_sac.Agent) -> torch.Tensor:
