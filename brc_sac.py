@@ -136,18 +136,19 @@ class Args:
     """AdamW step size of critic and actor, Adam's of the temperature; default 3e-4 (paper), demo 6e-4."""
     weight_decay: float = 1e-4
     """Decoupled, on every parameter of critic and actor: biases, LayerNorm and embedding too (release)."""
-    gamma: float = 0.99
-    """Discount per environment step (paper)."""
+    gamma: float | None = None
+    """Discount per environment step; default 0.99 (paper), demo 0.95."""
     tau: float | None = None
     """Polyak coefficient of the target critics, every update; default 0.005 (paper), demo 0.02."""
     init_temperature: float | None = None
     """Initial entropy temperature alpha; default 0.1 (paper, Table 3), demo 0.01."""
 
 
-PAPER = dict(width=4096, actor_width=256, learning_starts=5000, learning_rate=3e-4, init_temperature=0.1, tau=0.005)
+PAPER = dict(width=4096, actor_width=256, learning_starts=5000, learning_rate=3e-4, gamma=0.99, tau=0.005,
+             init_temperature=0.1)
 # What a laptop's CPU can do in minutes; measured in benchmarks/README.md.
-DEMO = dict(width=128, actor_width=128, batch_size=128, learning_starts=1000, learning_rate=6e-4, init_temperature=0.01,
-            tau=0.02, eval_interval=1000, eval_episodes=5)
+DEMO = dict(width=128, actor_width=128, batch_size=128, learning_starts=1000, learning_rate=6e-4, gamma=0.95,
+            tau=0.02, init_temperature=0.01, eval_interval=1000, eval_episodes=5)
 
 
 def resolve(args: Args) -> Args:
@@ -568,16 +569,11 @@ def temperature_loss(log_temperature: Tensor, entropy: Tensor, target_entropy: f
 
 def make_adamw(parameters: Iterable[nn.Parameter], args: Args, beta1: float = 0.9, decays: bool = True
                ) -> torch.optim.AdamW:
-    """AdamW of critic and actor: decoupled decay on every parameter, no mask (release)."""
+    """AdamW: decoupled decay on every parameter, no mask (release)."""
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(beta1, 0.999), eps=1e-8,
                                   weight_decay=args.weight_decay * decays, fused=True, capturable=True)
     optimizer._warned_capturable_if_run_uncaptured = True  # the first steps of a CUDA graph, and of all other runs
     return optimizer
-
-
-def make_temperature_adam(log_temperature: nn.Parameter, args: Args) -> torch.optim.AdamW:
-    """Adam with beta1 = 0.5 and no decay (release)."""
-    return make_adamw([log_temperature], args, beta1=0.5, decays=False)
 
 
 # ----------------------------------------------------------------------------------------------------------- agent
@@ -606,7 +602,7 @@ class Agent:
         self.target_and_critic = list(self.target.parameters()), list(self.critic.parameters())
         self.critic_optimizer = make_adamw(self.critic.parameters(), args)
         self.actor_optimizer = make_adamw(self.actor.parameters(), args)
-        self.temperature_optimizer = make_temperature_adam(self.log_temperature, args)
+        self.temperature_optimizer = make_adamw([self.log_temperature], args, beta1=0.5, decays=False)  # release
         # With the critics' bf16 and the graph in `train` all that makes an update fast; eager float32 is the same code.
         slow = args.precision == "fp32" or str(device) == "cpu"
         torch.set_float32_matmul_precision("highest" if slow else "high")

@@ -226,18 +226,15 @@ class Run:
         arguments = dataclasses.asdict(self.args) | {
             "resume": None, "evaluate": None, "run_dir": str(self.dir), "threads_given": self.args.threads,
             "threads": self.threads.number}
-        path = self.dir / "args.json"
         if self.args.resume:
             facts = json.loads((self.root / "args.json").read_text()) | arguments | self.facts
             facts["resumed"] = [*facts.get("resumed", []), {"env_step": self.saved_step} | here]
+            with contextlib.suppress(OSError):
+                write_json(self.dir / "args.json", facts)
         else:
             facts = arguments | {"format": FORMAT, "run_id": os.urandom(6).hex(), "program": str(PROGRAM.resolve()),
                                  "go_on": self.go_on} | self.facts | here
-        try:
-            write_json(path, facts)
-        except OSError as error:
-            if not self.args.resume:
-                raise UsageError(f"{self.dir} cannot be written ({error}): give another --run-dir.") from None
+            begin(self.dir, facts)
         return facts
 
     def _read_csv(self) -> None:
@@ -367,6 +364,15 @@ def check_empty(directory: Path) -> None:
     if directory.exists() and (not directory.is_dir() or {path.name for path in directory.iterdir()} - {"lock"}):
         raise UsageError(f"Run directory {directory} already holds files: give another --run-dir, or --resume "
                          f"{shlex.quote(str(directory))} to continue the run that is there.")
+
+
+def begin(directory: Path, facts: dict) -> None:
+    """Writes a new run's args.json. Raises UsageError where that cannot be done."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(directory / "args.json", facts)
+    except OSError as error:
+        raise UsageError(f"{directory} cannot be written ({error}): give another --run-dir.") from None
 
 
 def claim(directory: Path, args: Any) -> tuple[Path, Any]:

@@ -416,8 +416,7 @@ def main(args: Args | None = None) -> list[dict[str, float]]:
         print(f"{len(runs)} tasks, one after another; to go on with all of them after a stop: {go_on}", flush=True)
         facts = {"format": harness.FORMAT, "program": str(harness.PROGRAM.resolve()), "go_on": go_on,
                  "own": vars(args) | {"resume": None}}
-        root.mkdir(parents=True, exist_ok=True)
-        harness.write_json(root / "args.json", facts)
+        harness.begin(root, facts)
     own = {key: value for key, value in vars(args).items() if not hasattr(pretrained.old, key)} | {"suite": None}
     rows = 1 + len(pretrained.old.tasks) * args.uses_replay if pretrained.embeddings or args.uses_replay else 0
     start = pretrained.agent.Start(lambda *new: prepare(pretrained, *new), rows * (args.prior_tasks == "separate"),

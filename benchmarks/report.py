@@ -259,6 +259,7 @@ def panels(args: Args, methods: dict[str, Method]) -> dict[str, list[str]]:
 def draw(args: Args, results: dict[str, dict[str, Result]], methods: dict[str, Method]) -> None:
     """The figure: a grid of panels, a line with its interval per method, dashed for the authors'."""
     plt = pyplot()
+    from matplotlib.ticker import EngFormatter
     columns = min(args.columns, len(results))
     rows = -(-len(results) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(0.5 + 3.2 * columns, 0.6 + 2.4 * rows), squeeze=False,
@@ -275,6 +276,7 @@ def draw(args: Args, results: dict[str, dict[str, Result]], methods: dict[str, M
         if own := [result.x[-1] for name, result in of_panel.items() if not methods[name].official]:
             ax.set_xlim(-0.04 * max(*own, 1), 1.04 * max(*own, 1))
         ax.set_title(panel)
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k
         ax.grid(alpha=0.3)
     for ax in axes.flat[len(results):]:
         ax.set_axis_off()

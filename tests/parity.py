@@ -546,7 +546,7 @@ def trace(parameter: torch.nn.Parameter, optimizer, losses: Iterable[Callable[[]
 def observe_units(vectors: Vectors, atoms: Tensor, cases: list[str]) -> dict[str, Tensor]:
     """Adam on scripted entropies and gradients; a layer norm, an embedding and a projection on edge cases."""
     alpha, target_entropy = torch.nn.Parameter(vectors.tensor("temp/log_temp0")), float(vectors["temp/target_entropy"])
-    adam = brc_sac.make_temperature_adam(alpha, release())
+    adam = brc_sac.make_adamw([alpha], release(), beta1=0.5, decays=False)
     losses, log_temps = trace(alpha, adam, [functools.partial(brc_sac.temperature_loss, alpha, entropy, target_entropy)
                                             for entropy in vectors.tensor("temp/entropies")])
     norm = brc_sac.layer_norm(vectors["layernorm/x"].shape[-1])
@@ -560,7 +560,7 @@ def observe_units(vectors: Vectors, atoms: Tensor, cases: list[str]) -> dict[str
     batch = brc_sac.Batch(obs=None, action=None, reward=vectors.tensor("projection/rewards"),
                           terminated=1 - vectors.tensor("projection/masks"), next_obs=None, task_id=None)
     positions = brc_sac.target_positions(batch, vectors.tensor("projection/log_probs"),
-                                         vectors.tensor("projection/temperature"), atoms, brc_sac.Args.gamma)
+                                         vectors.tensor("projection/temperature"), atoms, release().gamma)
     values["projection/target_probs"] = brc_sac.project_categorical(probs, positions, atoms)
     for case in cases:
         parameter = torch.nn.Parameter(vectors.tensor(f"{case}/param0"))
@@ -582,7 +582,7 @@ def check_units(vectors: Vectors) -> list[Row]:
         tolerance[f"{case}/params"] += steps * np.spacing(np.abs(vectors[f"{case}/param0"]))
     rows = [compare(name, value, vectors[name], tolerance[name]) for name, value in values.items()]
     rows.append(compare("projection/bins", atoms, vectors["projection/bins"], 3e-7 * v_max))
-    rows.append(compare("projection/discount", brc_sac.Args.gamma, vectors["projection/discount"], 1e-6))
+    rows.append(compare("projection/discount", release().gamma, vectors["projection/discount"], 1e-6))
     masks = vectors["projection/masks"]
     return rows + [compare("projection/masks are 0 or 1", masks, masks.round().clip(0, 1), 0.0)]
 
@@ -640,7 +640,7 @@ def check_normalizer(vectors: Vectors) -> list[Row]:
     rows = [compare(name, value, vectors[name], tolerance[name]) for name, value in values.items()]
     target_entropy = brc_sac.ReturnNormalizer(release(), 1, int(vectors["act_dim"])).target_entropy
     rows.append(compare("target_entropy", target_entropy, vectors["target_entropy"], 1e-6))
-    return rows + [compare("discount", brc_sac.Args.gamma, vectors["discount"], 1e-6)]
+    return rows + [compare("discount", release().gamma, vectors["discount"], 1e-6)]
 
 
 # -------------------------------------------------------------------------------------------------------------- main

@@ -162,7 +162,7 @@ def test_squared_error_by_hand(name, target_q, q):
     values = agent.critic(batch.obs, batch.action, agent.critic.embed(batch.task_id))
     assert values.shape == (2, 2, 1) and agent.critic.q_values(values).tolist() == [q, q]
 
-    normalizer = brc_sac.ReturnNormalizer(brc_sac.Args(), 2, 2)
+    normalizer = brc_sac.ReturnNormalizer(brc_sac.Args(**brc_sac.PAPER), 2, 2)
     reward, *others = torch.tensor([0.1, -700.0]), torch.tensor([0, 1]), torch.tensor(0.1)
     for _ in range(2 if name != "mse" else 0):  # raw from the first step on, and whatever the returns are
         assert normalizer.normalize(reward, *others).tolist() == reward.tolist()

@@ -30,7 +30,7 @@ WRONG_FORMULAS = {
     "no weight decay": ("multitask", "weight_decay=args.weight_decay", "weight_decay=0.0"),
     "torch's LayerNorm eps": ("units", "eps=1e-6", "eps=1e-5"),
     "beta2 of AdamW": ("units", "betas=(beta1, 0.999)", "betas=(beta1, 0.99)"),
-    "discount": ("multitask", "gamma: float = 0.99", "gamma: float = 0.9901"),
+    "discount": ("multitask", "gamma=0.99,", "gamma=0.9901,"),
     "L1 embedding": ("units", '"l2": 2', '"l2": 1'),
     "minimum over critics, actor": (
         "multitask", "return (logits.softmax(-1).mean(0) * self.atoms).sum(-1)",

@@ -395,7 +395,9 @@ def test_several_tasks_go_on_after_a_stop_and_draw_the_map(transfers, monkeypatc
                                (f"model --resume {transfers.pre}", "is a run of brc_sac.py, and this is transfer.py"),
                                (f"model --checkpoint {run_dir} --task reach", "holds the runs of several tasks"),
                                (f"model --checkpoint {transfers.pre} --task window-open --run-dir {run_dir}",
-                                "already holds files")):
+                                "already holds files"),
+                               (f"model --checkpoint {transfers.pre} --task window-open push --run-dir "
+                                f"{run_dir / 'args.json' / 'new'}", "cannot be written")):
         assert message in transfers.refused(arguments)
     transfers.program("brc_sac.py", f"--resume {run_dir / tasks[1]}")
     with pytest.raises(harness.UsageError, match="transfer.py embedding --resume"):
