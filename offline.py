@@ -11,14 +11,13 @@ The actor's loss has a term more, `cloning_loss`, so that it does not leave the 
 Without environments to step, a run counts updates: env_step in metrics.csv is the number of them. Sections, in order:
     arguments      what is read, and how it is learned from
     learning       the cloning term, and one update
-    data           return scales and batches of what offline_data/ reads
+    data           the return scales of what offline_data/ reads
     training loop  update, evaluate, log
 """
 
 import dataclasses
 import functools
 import math
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -44,6 +43,11 @@ class Args:
     # As in brc_sac.py, whose help has their sources; what counts environment steps there counts updates here.
     variant: Literal["paper", "release"] = "paper"  # where paper and release differ; see docs/choices.md
     width: int | None = None  # critic width in units; default 4096
+    actor_width: int | None = None  # actor width in units; default 256
+    learning_rate: float | None = None  # of critic, actor and temperature; default 3e-4
+    gamma: float | None = None  # discount per step of the data; default 0.99
+    tau: float | None = None  # Polyak coefficient of the target critics; default 0.005
+    init_temperature: float | None = None  # initial entropy temperature; default 0.1
     batch_size: int | None = None  # transitions per update over all tasks; default 1024, for one task 256
     embedding_norm: Literal["l1", "l2"] | None = None  # norm of every task embedding; default by --variant
     goals: Literal["fresh", "frozen"] | None = None  # of MetaWorld, in evaluations; default by --variant
@@ -100,8 +104,9 @@ from torch import Tensor  # noqa: E402
 import brc_sac  # noqa: E402
 import devices  # noqa: E402
 from brc_sac import Actor, Agent, Batch, Critic, ReturnNormalizer, VectorEnv, evaluate  # noqa: E402
-from offline_data.episodes import Episodes, fit  # noqa: E402
+from offline_data.episodes import Episodes  # noqa: E402
 from offline_data.runs import RunReplay  # noqa: E402
+from offline_data.transitions import Transitions  # noqa: E402
 
 SHARED = set(Args.__dataclass_fields__) & set(brc_sac.Args.__dataclass_fields__)
 
@@ -167,50 +172,6 @@ def observe_returns(normalizer: ReturnNormalizer, task: int, episodes: Episodes)
             normalizer.finish(task, bool(terminated[-1]), reward.double().mean().item() / (1 - normalizer.gamma))
 
 
-class Transitions:
-    """Transitions of N tasks, every observation stored once, in float32; rewards are raw.
-
-    A row holds an observation and the action, reward and terminated that followed it; next_obs is the obs of the row
-    after it. Where an episode ends there is a row more, for its last observation.
-    """
-
-    def __init__(self, sources: list, envs: VectorEnv, normalizer: ReturnNormalizer, device: torch.device):
-        """Reads the sources, pads to O and A, and sets the return scales. Raises UsageError for unfit data."""
-        widths, num_rows = (envs.obs_dim, envs.act_dim), sum(source.rows for source in sources)
-        self.fields = (*widths, 1, 1)  # of a row: obs, action, reward, terminated
-        size, more = 4 * num_rows * (sum(self.fields) + 2), max(source.nbytes for source in sources)
-        print(f"{sum(source.transitions for source in sources):,} transitions of {len(envs.tasks)} tasks: "
-              f"{size / 1e9:.2f} GB on {device}, and up to {more / 1e9:.2f} GB more while they are read", flush=True)
-        self.rows, stop, self.fingerprint = torch.empty(num_rows, sum(self.fields), device=device), 0, 0
-        places: list[list[Tensor]] = [[] for _ in envs.tasks]  # the rows of each task that are transitions
-        for episodes in (episodes for source in sources for episodes in source.read()):
-            task = envs.tasks.index(episodes.task)
-            episodes = fit(episodes, (envs.obs_dims[task], envs.act_dims[task]), widths)
-            place = torch.arange(len(episodes.obs)) + torch.repeat_interleave(episodes.lengths)
-            rows = torch.zeros(len(place) + len(episodes.lengths), sum(self.fields))
-            rows[place] = torch.cat([episodes.obs, episodes.action, episodes.reward.unsqueeze(-1),
-                                     episodes.terminated.unsqueeze(-1)], dim=-1)
-            rows[(episodes.lengths + 1).cumsum(0) - 1, :envs.obs_dim] = episodes.last_obs
-            for part in (episodes.task.encode(), episodes.lengths.numpy(), rows.numpy()):
-                self.fingerprint = zlib.crc32(part, self.fingerprint)
-            self.rows[stop:stop + len(rows)] = rows.to(device)
-            places[task].append(stop + place)
-            stop += len(rows)
-            observe_returns(normalizer, task, episodes)
-        self.place = torch.cat([place for of_task in places for place in of_task]).to(device)
-        self.count = torch.tensor([sum(map(len, of_task)) for of_task in places], device=device)  # [N]
-        self.first = self.count.cumsum(0) - self.count  # [N] where in `place` a task's begin
-
-    def sample(self, batch_size: int) -> Batch:
-        """A batch with raw rewards, uniform over tasks and over the transitions of each."""
-        draw = {"size": (batch_size,), "device": self.rows.device}
-        task_id = torch.randint(len(self.count), **draw)
-        row = self.place[self.first[task_id] + torch.randint(2**62, **draw) % self.count[task_id]]
-        obs, action, reward, terminated = self.rows[row].split(self.fields, dim=-1)
-        next_obs = self.rows[row + 1, :obs.shape[1]]
-        return Batch(obs, action, reward.squeeze(-1), terminated.squeeze(-1), next_obs, task_id)
-
-
 # --------------------------------------------------------------------------------------------------- training loop
 
 
@@ -240,7 +201,7 @@ def train(args: Args) -> list[dict]:
     if learner.compile:
         agent.actor_loss = devices.compiled(agent.actor_loss)
     normalizer = ReturnNormalizer(learner, len(learner.tasks), envs.act_dim, device)
-    data = Transitions(sources, envs, normalizer, data_device)
+    data = Transitions(sources, envs, functools.partial(observe_returns, normalizer), data_device)
     run.facts["fingerprint"] = data.fingerprint
     if args.resume and harness.read_args(run.dir, Args)[1]["fingerprint"] != data.fingerprint:
         raise UsageError(f"{' '.join(args.data)}: these are not the transitions with which {run.dir} began; give them.")

@@ -19,7 +19,9 @@ out=${2:-runs/offline}
 python=${PYTHON:-python}
 steps=${STEPS:-12000} start=1000
 updates=$((2 * (steps - start)))
-sizes="--width 128 --batch-size 256 --eval-episodes 5 --workers 0"  # one core for each run
+# The demo's; one core for each run.
+sizes="--width 128 --actor-width 128 --batch-size 128 --learning-rate 6e-4 --gamma 0.95 --tau 0.02
+    --init-temperature 0.01 --eval-episodes 5 --workers 0"
 
 run() { # NAME SCRIPT ARGUMENTS...: that run, from where it was stopped; what is complete is left as it is
     local dir="$out/$1" script=$2
@@ -41,10 +43,10 @@ offline() { # NAME ARGUMENTS...: a run of offline.py on this seed's replay
         --exp-name "$name" "$@"
 }
 
-run "online-$seed" brc_sac.py --tasks drawer-close door-close cartpole-balance walker-stand $sizes --actor-width 256 \
+run "online-$seed" brc_sac.py --tasks drawer-close door-close cartpole-balance walker-stand $sizes \
     --learning-starts $start --total-steps "$steps" --eval-interval $(((steps - start) / 4)) --exp-name online
 if [ "$what" = weights ]; then
-    for weight in 0.1 0.3 1 3 10; do
+    for weight in 1 0.1 10 0.3 3; do
         offline "weight-$weight" --bc-weight $weight
     done
 else

@@ -21,6 +21,7 @@ import offline
 from conftest import Program
 from offline_data import tdmpc2
 from offline_data.runs import RunReplay
+from offline_data.transitions import Transitions
 
 TASKS = ("pendulum-swingup", "cartpole-swingup")  # observations of 3 and 5, actions of 1
 SIZES = {"pendulum-swingup": (3, 1), "cartpole-swingup": (5, 1), "reach": (39, 4), "walker-stand": (24, 6)}
@@ -86,7 +87,8 @@ def read(sources: list, tasks: tuple[str, ...], variant="paper"
          ) -> tuple[offline.Transitions, brc_sac.ReturnNormalizer]:
     envs = environments(tasks)
     normalizer = brc_sac.ReturnNormalizer(dataclasses.replace(ARGS, variant=variant), len(tasks), envs.act_dim)
-    return offline.Transitions(sources, envs, normalizer, torch.device("cpu")), normalizer
+    observe = functools.partial(offline.observe_returns, normalizer)
+    return Transitions(sources, envs, observe, torch.device("cpu")), normalizer
 
 
 def transitions(data: offline.Transitions, task: int) -> list[np.ndarray]:
