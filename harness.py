@@ -293,7 +293,7 @@ class Run:
             if embedding.numel():
                 self.tensorboard.add_embedding(embedding.detach().cpu(), list(self.args.tasks), tag="task_embedding",
                                                global_step=env_step)
-        tqdm.write(f"step {env_step:>9,}: " + ", ".join(f"mean {name} {value:.3f}" for name, value in means.items()))
+        tqdm.write(f"step {env_step:>9,}: {progress.in_words(self.args.tasks, results, means)}")
         self.bar.set_postfix(score=f"{means['score']:.3f}", refresh=False)
         self.bar.resume()
 

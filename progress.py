@@ -9,7 +9,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -111,6 +111,15 @@ def steps_of_evaluation(ended: list[list], episodes: int) -> Iterator[int]:
             bar.set_postfix_str(f"step {step:,}", refresh=False)
             bar.update(done - bar.n)
             yield step
+
+
+def in_words(tasks: Sequence[str], results: list[dict], means: dict) -> str:
+    """An evaluation in a line: the means, and each task's score where they are few enough to be read."""
+    line = ", ".join(f"mean {name} {value:.3f}" for name, value in means.items())
+    if 1 < len(tasks) <= 8:
+        scores = (f"{task} {result['score']:.2f}" for task, result in zip(tasks, results, strict=True))
+        line += f" ({', '.join(scores)})"
+    return line
 
 
 def drawing(run_dir: Path) -> str:
