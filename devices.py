@@ -5,9 +5,13 @@ import collections
 import itertools
 import math
 import os
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Generator, Iterator
+from importlib.metadata import distributions
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,6 +43,16 @@ def choose_device(name: str, threads: int | None = None) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # whose streams and graphs are meant
     return device
+
+
+def environment(name: str) -> dict[str, Any]:
+    """For args.json: commit, hardware and versions with which a run on device `name` computes."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    gpu = torch.cuda.is_available() and name != "cpu"
+    return {"git_commit": commit or None,
+            "hardware": torch.cuda.get_device_name() if gpu else f"CPU, {os.cpu_count()} cores",
+            "versions": {"python": sys.version.split()[0]} | {x.name: x.version for x in distributions() if x.name}}
 
 
 class Threads:

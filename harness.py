@@ -15,15 +15,12 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
-import subprocess
 import sys
 import time
 import zipfile
 import zlib
 from collections.abc import Callable
-from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -88,14 +85,18 @@ def parse_args(Args: type, resolve: Callable, may_change: tuple[str, ...] = MAY_
     import tyro
     args = tyro.cli(Args, description=(sys.modules["__main__"].__doc__ or "").split("\n\n")[0])
     evaluate = getattr(args, "evaluate", None)
-    run_dir = evaluate or args.resume
-    if not run_dir:
+    run_dir = args.resume if evaluate is None else evaluate
+    if "" in (evaluate, args.resume, args.run_dir) or None not in (evaluate, args.resume):
+        raise UsageError("--resume, --evaluate and --run-dir take a directory, and of the first two only one is given.")
+    if run_dir is None:
         return resolve(args)
     saved, facts = read_args(Path(run_dir), Args)
     owner = Path(facts.get("agent", facts["program"]) if evaluate else facts["program"])  # transfer.py's is another
     if owner.name != PROGRAM.name:
-        command = facts["go_on"] if not evaluate else shlex.join(["python", str(owner), "--evaluate", run_dir])
-        raise UsageError(f"{run_dir} is a run of {owner.name}, and this is {PROGRAM.name}: {command}")
+        several = "tasks" not in facts  # runs of transfer.py, each of which can be evaluated
+        command = ["python", str(owner), "--evaluate"] if evaluate and not several else shlex.split(facts["go_on"])[:-1]
+        raise UsageError(f"{run_dir} is a run of {owner.name}, and this is {PROGRAM.name}: "
+                         + shlex.join([*command, run_dir]))
     args = tyro.cli(Args, default=saved)
     may_change = [name for name in may_change + ("eval_episodes",) * bool(evaluate) if hasattr(args, name)]
     for field in dataclasses.fields(Args):
@@ -112,8 +113,8 @@ def read_args(run_dir: Path, Args: type) -> tuple[Any, dict]:
     try:
         facts = json.loads((run_dir / "args.json").read_text())
         given = facts | {"threads": facts.get("threads_given")}
-        given |= facts.get("own", {}) if Path(facts.get("program", "")).name == PROGRAM.name else {}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        given |= facts.get("own", {}) if Path(facts["program"]).name == PROGRAM.name else {}
+    except (OSError, LookupError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"{run_dir} holds no run to continue (args.json: {error}): give a run directory.") from None
     if facts.get("format") != FORMAT:
         raise UsageError(f"{run_dir} is of another version of this program: start anew, or use commit "
@@ -191,6 +192,8 @@ class Run:
             if self.rank and self.state:  # which only the first rank writes
                 self.state["agent"] = read_checkpoint(self.root, at=step)["agent"]
             self.saved_step = self.state.get("env_step")
+            if (self.saved_step or 0) > self.args.total_steps:
+                raise UsageError(f"{self.root} has made {self.saved_step:,} steps already: give more than that.")
         self.facts["ranks"] = size
         self.threads = devices.Threads(self.args.threads, self.args.device, self.state.get("threads"))
         self.written = self._write_args()
@@ -214,15 +217,9 @@ class Run:
 
     def _write_args(self) -> dict:
         """Writes and returns args.json: the arguments, what else a reader needs to repeat the run, every resume."""
-        import torch
-        git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-        gpu = torch.cuda.is_available() and self.args.device != "cpu"
-        here = {
-            "git_commit": commit or None, "command": shlex.join(sys.argv), "threads": self.threads.number,
-            "hardware": torch.cuda.get_device_name() if gpu else f"CPU, {os.cpu_count()} cores",
-            "versions": {"python": sys.version.split()[0]} | {x.name: x.version for x in distributions() if x.name},
-        }
+        import devices
+        here = devices.environment(self.args.device) | {
+            "command": shlex.join(sys.argv), "threads": self.threads.number}
         arguments = dataclasses.asdict(self.args) | {
             "resume": None, "evaluate": None, "run_dir": str(self.dir), "threads_given": self.args.threads,
             "threads": self.threads.number}
@@ -238,19 +235,19 @@ class Run:
         return facts
 
     def _read_csv(self) -> None:
-        """Learns which evaluations metrics.csv holds, and cuts what a kill in the midst of one has left at its end."""
+        """Learns which evaluations metrics.csv holds; cuts half of one, and those of a checkpoint that is lost."""
         path = self.dir / "metrics.csv"
         data = path.read_bytes() if path.exists() else b""
-        self.evaluated = set(map(int, re.findall(rb",mean,[^,\n]*,score,(\d+),[^,\n]*\n", data)))
-        rows, begun = data.splitlines(keepends=True), [str(self.saved_step).encode()]
+        held = set(map(int, re.findall(rb",mean,[^,\n]*,score,(\d+),[^,\n]*\n", data)))
+        last = (self.saved_step or 0) - (self.saved_step not in held)
+        self.evaluated, rows = {step for step in held if step <= last}, data.splitlines(keepends=True)
         while rows and (not rows[-1].endswith(b"\n")
-                        or self.saved_step not in self.evaluated and rows[-1].split(b",")[-2:-1] == begun):
+                        or int((re.findall(rb",(\d+),[^,]*\n$", rows[-1]) or [-1])[0]) > last):
             rows.pop()
-        whole = b"".join(rows)
-        if not whole:
+        if not rows:
             self.unwritten.append(("exp_name", "env_name", "seed", "metric", "env_step", "value"))
-        if len(whole) < len(data):
-            os.truncate(path, len(whole))
+        if data:
+            os.truncate(path, sum(map(len, rows)))
 
     def _append_csv(self) -> None:
         """Writes the rows of metrics.csv that wait to be written: all of them, or none until the next time."""
@@ -361,7 +358,7 @@ class Run:
 
 def check_empty(directory: Path) -> None:
     """Raises UsageError if a new run cannot have `directory`; the lock of one that never began is in nobody's way."""
-    if directory.exists() and (not directory.is_dir() or {path.name for path in directory.iterdir()} - {"lock"}):
+    if os.path.exists(directory) and (not directory.is_dir() or set(os.listdir(directory)) - {"lock"}):
         raise UsageError(f"Run directory {directory} already holds files: give another --run-dir, or --resume "
                          f"{shlex.quote(str(directory))} to continue the run that is there.")
 

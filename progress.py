@@ -26,7 +26,10 @@ class Unfailing(io.FileIO):
 
 
 def make_streams_unfailing() -> None:
-    """Puts an Unfailing in the place of standard output and of standard error."""
+    """Puts an Unfailing in the place of standard output and of standard error; opens what a daemon has closed."""
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # else the next file would be taken for one of them
+        os.set_inheritable(number, True)  # by what simulators start
+    os.close(number)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed before the program began

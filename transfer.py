@@ -154,8 +154,8 @@ def read_facts(checkpoint: str) -> tuple[tuple[str, ...], Path]:
     facts = harness.read_args(Path(checkpoint), Args)[1]
     if "tasks" not in facts:
         raise UsageError(f"{checkpoint} holds the runs of several tasks: give a folder in it.")
-    if facts["ranks"] > 1:
-        raise UsageError(f"{checkpoint} is a run of {facts['ranks']} ranks of torchrun: transfer takes runs of one.")
+    if facts["ranks"] > 1 or "action_repeat" in facts:
+        raise UsageError(f"{checkpoint} is a run of offline.py or of several ranks: transfer takes one online run.")
     program = Path(facts.get("agent", facts["program"]))  # the program of a transferred run is this one
     return tuple(facts["tasks"]), program if program.exists() else Path(__file__).with_name(program.name)
 

@@ -7,13 +7,14 @@
     python benchmarks/report.py runs/select/embedding_map.csv --out map.png               the map of --full-map
 
 A panel per task, and one for the mean over the tasks that all methods ran. Runs are one method if they have one
-exp_name and one set of arguments in their args.json, but for those that no result depends on; where one name has several
-sets, what differs is added to it. A method's tasks may be spread over runs (a run per task), its seeds must be: two runs
-of one seed are refused. Intervals are rliable's stratified bootstrap over seeds (Agarwal et al. 2021), 95 %: with three
-seeds they show how far the seeds are apart, and no more. Curves are drawn at the steps that all seeds of a method have.
+exp_name and one set of arguments in their args.json, but for those that no result depends on; where one name has
+several sets, what differs is added to it. A method's tasks may be spread over runs (a run per task), its seeds must be:
+two runs of one seed are refused. Intervals are rliable's stratified bootstrap over seeds (Agarwal et al. 2021), 95 %:
+with three seeds they show how far the seeds are apart, and no more. Curves are drawn at the steps that all seeds of a
+method have.
 
-The authors' curves (results/official.csv.gz) are returns and successes per task and seed, of their release; `-single` is
-their single-task agents, `cpu` two tasks of their code at width 256 on a CPU.
+The authors' curves (results/official.csv.gz) are returns and successes per task and seed, of their release; `-single`
+is their single-task agents, `cpu` two tasks of their code at width 256 on a CPU.
 """
 
 import csv
@@ -40,7 +41,7 @@ FREE = {"format", "run_id", "program", "go_on", "git_commit", "command", "thread
         "versions", "resumed", "updates", "seed", "exp_name", "run_dir", "resume", "evaluate", "device",
         "replay_device", "workers", "assets", "track", "capture_video", "log_interval", "checkpoint_interval",
         "eval_interval", "save_replay", "compile", "cuda_graph", "total_steps", "suite", "split", "pad_to",
-        "checkpoint", "task", "full_map", "allow_seen"}
+        "checkpoint", "task", "full_map", "allow_seen", "data", "fingerprint"}
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,8 @@ def read_methods(paths: Sequence[Path], metric: str) -> dict[str, Method]:
     for file in files.values():
         rows = [row for row in read_rows(file) if row["metric"] == metric]
         for name in dict.fromkeys(row["exp_name"] for row in rows):
-            runs.setdefault(name, []).append((file, [row for row in rows if row["exp_name"] == name], settings_of(file)))
+            of_name = [row for row in rows if row["exp_name"] == name]
+            runs.setdefault(name, []).append((file, of_name, settings_of(file)))
     methods: dict[str, Method] = {}
     for name, of_name in runs.items():
         names = sorted({key for *_, settings in of_name for key in settings})

@@ -6,8 +6,9 @@
 A real run of each case, environment workers included, goes through these situations in turn: alone, beside one busy
 process at the lowest priority, beside two, beside one of the same priority; each is a loop of Python. In each it makes
 steps with all cores' threads, as torch has them ("all"), and with as many as devices.Threads chooses ("chosen"), which
-has to notice first that something has changed. Large networks are timed alone only. The busy processes are of this session or of another: where Linux groups
-processes by session, priorities count within one only. Run it on an otherwise idle machine.
+has to notice first that something has changed. Large networks are timed alone only. The busy processes are of this
+session or of another: where Linux groups processes by session, priorities count within one only. Run it on an otherwise
+idle machine.
 """
 
 import csv

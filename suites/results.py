@@ -13,7 +13,7 @@ VIDEO_STRIDE = 4  # environment steps per frame
 
 
 def mean_episode(task: str, episodes: list[tuple[float, float]]) -> dict:
-    """Means of `return`, `score` and, where the task defines it, `success` over episodes of (return, success or NaN)."""
+    """Means of `return`, `score` and, where the task defines it, `success` over its (return, success or NaN)."""
     succeeds = not math.isnan(episodes[0][1])
     scores = [suites.score(task, total, success if succeeds else None) for total, success in episodes]
     returns, successes = np.mean(episodes, axis=0).tolist()
