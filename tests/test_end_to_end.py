@@ -263,6 +263,8 @@ def test_every_number_has_its_range(names, values):
     ("--tasks reach Pong", "Pong is an Atari game.*leave the games out, or use brc_drq.py"),
     ("--tasks reach --total-steps 30 --learning-starts 30", "With --total-steps 30 and --learning-starts 30 nothing"),
     ("--resume nowhere", "nowhere holds no run"), ("--evaluate nowhere", "nowhere holds no run"),
+    ("--resume ''", "--resume, --evaluate and --run-dir take a directory"), ("--run-dir ''", "take a directory"),
+    ("--resume a --evaluate b", "of the first two only one"),
     ("--tasks reach --device quantum", "Device 'quantum' is not on this machine .*: give cpu"),
     ("--tasks reach --track", "--track needs W&B, which is not installed")])
 def test_bad_arguments_end_in_one_sentence_and_create_nothing(sac, monkeypatch, arguments, message):
@@ -285,6 +287,7 @@ def test_what_a_run_learned_with_cannot_change_at_resume(program):
     assert "--batch-size is 8 in run and cannot become 64: beside --resume only --total-steps, --device" in resume
     assert "--eval-episodes" not in resume and "--resume," not in resume and "--run-dir" not in resume
     assert "--eval-episodes is 1 in run and cannot become 3" in program.refused("--resume run --eval-episodes 3")
+    assert "run has made 25 steps already" in program.refused("--resume run --total-steps 24")
     evaluate = program.refused("--evaluate run --batch-size 64")
     assert "beside --evaluate only" in evaluate and ", --eval-episodes may change." in evaluate
     assert program.run("--evaluate run --eval-episodes 3") == 0 and "3 episodes" in program.out, program.err

@@ -202,7 +202,7 @@ def test_a_damaged_file_falls_back_to_the_previous_checkpoint(sac, finished, dam
                 sac.module.train(sac.resumed(args))
             path.write_bytes(good)
         else:
-            sac.module.train(sac.resumed(args))
+            assert len(sac.module.train(sac.resumed(args))) == 2  # evaluated again, as another agent
             message = capsys.readouterr().err
             assert f"going on from {run_dir(args)}/checkpoint.previous.pt at step 60." in message
         assert saved(args)["env_step"] == 80 and steps_of(args) == [20, 40, 60, 80], path
@@ -329,6 +329,10 @@ def test_a_directory_that_cannot_be_written_at_a_resume_costs_its_files_only(sac
         sac.module.train(sac.resumed(args, total_steps=90))
     assert "metrics.csv cannot be written ([Errno 30]" in "".join(capsys.readouterr())
     assert {path for path, content in before.items() if path.read_bytes() != content} == set()
+
+
+def test_a_directory_that_cannot_be_made_is_one_sentence(sac):
+    assert "cannot be written" in sac.refused(f"{SMALL['brc_sac']} --run-dir {'x' * 300}")
 
 
 def test_an_old_run_directory_is_refused_in_one_sentence(program, finished):

@@ -97,6 +97,22 @@ def test_evaluations_count_for_the_time_left_and_not_for_the_speed(clock, screen
     assert bar.format_dict["rate"] == pytest.approx(1) and bar.format_dict["left"] == "26:40"  # 800 steps of 1 + 1 s
 
 
+def test_streams_that_a_daemon_has_closed_are_open_for_what_simulators_start(tmp_path):
+    code = (f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import progress; progress.make_streams_unfailing(); "
+            "file = open('told', 'w'); print(file.fileno(), [os.get_inheritable(n) for n in range(3)], file=file)")
+    for closed in ("<&-", ">&- 2>&-", "<&- >&- 2>&-"):
+        command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} {closed}"
+        subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True)
+        number, inherited = (tmp_path / "told").read_text().split(" ", 1)
+        assert int(number) > 2 and inherited == "[True, True, True]\n"
+
+
+@pytest.mark.parametrize(("tasks", "line"), [(2, "mean score 0.600 (0 1.00, 1 0.20)"), (9, "mean score 0.600")])
+def test_an_evaluation_in_words_names_each_score_of_few_tasks(tasks, line):
+    results = [{"score": 1.0}, *[{"score": 0.2}] * (tasks - 1)]
+    assert progress.in_words(list(map(str, range(tasks))), results, {"score": 0.6}) == line
+
+
 def test_a_bar_that_is_not_shown_counts_and_writes_nothing(clock, screen):
     screen.show()
     bar = progress.Bar(10, 0, shown=False)
