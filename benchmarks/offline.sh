@@ -46,7 +46,7 @@ offline() { # NAME ARGUMENTS...: a run of offline.py on this seed's replay
 run "online-$seed" brc_sac.py --tasks drawer-close door-close cartpole-balance walker-stand $sizes \
     --learning-starts $start --total-steps "$steps" --eval-interval $(((steps - start) / 4)) --exp-name online
 if [ "$what" = weights ]; then
-    for weight in 1 0.1 10 0.3 3; do
+    for weight in 0 0.01 0.1 1; do
         offline "weight-$weight" --bc-weight $weight
     done
 else
