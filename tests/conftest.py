@@ -28,6 +28,8 @@ import suites  # noqa: E402
 from suites.atari import Step  # noqa: E402
 
 EPISODE = 10
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
 TRAIN = ("--learning-starts 10 --total-steps 80 --eval-interval 20 --checkpoint-interval 20 --log-interval 20 "
          "--eval-episodes 1 --batch-size 8 --updates-per-step 1 --device cpu")
 SMALL = {  # two tasks of 80 steps, with a checkpoint and an evaluation every 20
@@ -106,13 +108,10 @@ class Toys:
     hook: Callable = staticmethod(lambda env: None)
 
 
-def at_steps(actions: dict[int, Callable[[], object]]) -> None:
-    """What the training environments do in each of these steps, once."""
-    Toys.hook = staticmethod(lambda env: actions.pop(env.steps, lambda: None)())
-
-
 def at_step(step: int, action: Callable[[], object]) -> None:
-    at_steps({step: action})
+    """What the training environments do in this step, once."""
+    actions = {step: action}
+    Toys.hook = staticmethod(lambda env: actions.pop(env.steps, lambda: None)())
 
 
 def make_env(task: str, seed: int = 0, **options) -> gym.Env:
@@ -177,9 +176,8 @@ class Program:
             for number, name in ((1, "out"), (2, "err")):
                 os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
             sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-                signal.signal(number, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            for number in SIGNALS:
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
             sys.argv = [f"{self.name}.py", *shlex.split(arguments)]
             prepare()
             try:
@@ -204,20 +202,12 @@ class Program:
     def run(self, arguments: str, prepare: Callable[[], object] = lambda: None) -> int:
         return self.wait(self.start(arguments, prepare))
 
-    @property
-    def out(self) -> str:
-        return (self.folder / "out").read_text()
-
-    @property
-    def err(self) -> str:
-        return (self.folder / "err").read_text()
+    out = property(lambda self: (self.folder / "out").read_text())
+    err = property(lambda self: (self.folder / "err").read_text())
 
     def refused(self, arguments: str, code: int = 2) -> str:
         """Its one sentence on stderr, after the exit code was checked."""
         assert self.run(arguments) == code, self.err
-        return self.sentence()
-
-    def sentence(self) -> str:
         (line,) = self.err.splitlines()
         assert line.startswith(f"{self.name}.py: ") and line[-1] in ".?"
         return line
@@ -232,6 +222,17 @@ def read_csv(path: Path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
+def steps_of(args) -> list[int]:
+    """The steps of the evaluations in metrics.csv, each of which is complete."""
+    rows = [row for row in read_csv(Path(args.run_dir, "metrics.csv")) if row["env_step"] and row["env_step"].isdigit()]
+    metrics = {row["metric"] for row in rows}
+    steps = [int(row["env_step"]) for row in rows if (row["env_name"], row["metric"]) == ("mean", "score")]
+    for step in steps:
+        held = [(row["env_name"], row["metric"]) for row in rows if int(row["env_step"]) == step]
+        assert sorted(held) == sorted((name, metric) for name in (*args.tasks, "mean") for metric in metrics), step
+    return steps
+
+
 def files_under(folder: Path) -> dict:
     """Each file and folder in it, with the time of its last change."""
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
@@ -242,8 +243,7 @@ def as_a_program(monkeypatch):
     """Every test has the script's name, the default signal handlers and the default random state of its own."""
     monkeypatch.setattr(harness, "PROGRAM", Path("brc_sac.py"))
     torch.manual_seed(0)
-    handlers = {number: signal.getsignal(number)
-                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)

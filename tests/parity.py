@@ -223,11 +223,8 @@ def as_reference(name: str, x: Tensor) -> Tensor:
 
 def named_parameters(agent: brc_sac.Agent) -> dict[str, torch.nn.Parameter]:
     """The agent's parameters by the file's names."""
-    modules = {"critic": agent.critic, "target": agent.target, "actor": agent.actor}
-    parameters = {
-        reference_name(f"{prefix}.{name}"): parameter
-        for prefix, module in modules.items() for name, parameter in module.named_parameters()
-    }
+    parameters = {reference_name(f"{prefix}.{name}"): parameter for prefix in ("critic", "target", "actor")
+                  for name, parameter in getattr(agent, prefix).named_parameters()}
     return parameters | {"log_temp": agent.log_temperature}
 
 
@@ -241,8 +238,7 @@ def fresh_agent(vectors: Vectors, device: str = "cpu", precision: str = "fp32", 
         width=len(vectors["init/critic.0.dense0.bias"]), critic_depth=depth["critic.0"],
         actor_width=len(vectors["init/actor.dense0.bias"]), actor_depth=depth["actor"], embedding_dim=tasks[1],
         batch_size=vectors["batch/observations"].shape[1], num_atoms=len(vectors["init/critic.0.out.bias"]),
-        v_max=float(vectors["cfg/v_max"]), precision=precision, compile=compile,
-    )
+        v_max=float(vectors["cfg/v_max"]), precision=precision, compile=compile)
     torch.manual_seed(0)
     sizes = vectors["batch/observations"].shape[-1], vectors["batch/actions"].shape[-1], tasks[0]
     return brc_sac.Agent(args, *sizes, device=device)
@@ -299,7 +295,6 @@ def recorded(agent: brc_sac.Agent):
             inputs = inspect.signature(function).bind(*args, **kwargs).arguments
             calls[name].append(Call(inputs, output, mode.operations))
             return output
-
         return call
 
     with ExitStack() as stack:
@@ -310,8 +305,7 @@ def recorded(agent: brc_sac.Agent):
         for name, network in (("critic", agent.critic), ("target", agent.target), ("actor", agent.actor),
                               ("actor.body", agent.actor.body)):
             hook = network.register_forward_hook(
-                lambda module, args, output, name=name: calls[name].append(Call({"x": args[0]}, output, []))
-            )
+                lambda module, args, output, name=name: calls[name].append(Call({"x": args[0]}, output, [])))
             stack.callback(hook.remove)
         yield calls
 
@@ -321,11 +315,9 @@ def recorded(agent: brc_sac.Agent):
 
 def read_batch(vectors: Vectors, u: int) -> tuple[brc_sac.Batch, Tensor, Tensor]:
     """What update u = 0, 1, ... takes: its batch, whose rewards are normalised already, and both noises."""
-    batch = brc_sac.Batch(
-        obs=vectors.tensor("batch/observations")[u], action=vectors.tensor("batch/actions")[u],
-        reward=vectors.tensor("batch/rewards")[u], terminated=1 - vectors.tensor("batch/masks")[u],
-        next_obs=vectors.tensor("batch/next_observations")[u], task_id=vectors.tensor("batch/task_ids")[u].long(),
-    )
+    fields = ("observations", "actions", "rewards", "masks", "next_observations", "task_ids")
+    obs, action, reward, mask, next_obs, task_id = (vectors.tensor(f"batch/{name}")[u] for name in fields)
+    batch = brc_sac.Batch(obs, action, reward, 1 - mask, next_obs, task_id.long())
     return batch, vectors.tensor(f"u{u + 1}/noise_critic"), vectors.tensor(f"u{u + 1}/noise_actor")
 
 
@@ -386,8 +378,7 @@ def observe_update(agent: brc_sac.Agent, vectors: Vectors, u: int) -> dict[str, 
     values |= {
         "critic_loss": metrics["critic_loss"], "q_mean": metrics["target_q"], "actor_loss": metrics["actor_loss"],
         "entropy": metrics["entropy"], "actor/log_probs": log_prob, "temperature_old": metrics["temperature"],
-        "temp_loss": metrics["temperature_loss"],
-    }
+        "temp_loss": metrics["temperature_loss"]}
     if outside_only:
         return values
     for name, sample, net_input, net_output in zip(("next", "actor"), calls["sample_action"], calls["actor.body"],
@@ -396,8 +387,7 @@ def observe_update(agent: brc_sac.Agent, vectors: Vectors, u: int) -> dict[str, 
             f"{name}/{'actor_input' if name == 'next' else 'input'}": net_input.inputs["x"],
             f"{name}/mean": net_output.output[0], f"{name}/log_std": net_output.output[1],
             f"{name}/std": sample.operation("exp")[1], f"{name}/pre_tanh": sample.operation("tanh")[0][0],
-            f"{name}/actions": sample.output[0], f"{name}/log_probs": sample.output[1],
-        }
+            f"{name}/actions": sample.output[0], f"{name}/log_probs": sample.output[1]}
     (projection,), (positions,) = calls["project_categorical"], calls["target_positions"]
     weighted = next(result for name, args, result in mode.operations
                     if "mul" in name and args[0] is projection.output and args[1] is agent.critic.atoms)
@@ -408,8 +398,7 @@ def observe_update(agent: brc_sac.Agent, vectors: Vectors, u: int) -> dict[str, 
         "target/bin_values_clipped": projection.operation("clamp")[1],
         "target/probs": projection.output, "target/q": target_q,
         "q_min": target_q.min(), "q_max": target_q.max(), "critic_logits": calls["critic"][0].output,
-        "actor/q_logits": calls["critic"][1].output, "actor/q_values": calls["q_values"][0].output,
-    }
+        "actor/q_logits": calls["critic"][1].output, "actor/q_values": calls["q_values"][0].output}
 
 
 def rounded(atoms: Tensor) -> Tensor:
@@ -477,8 +466,7 @@ def check_settings(vectors: Vectors, agent: brc_sac.Agent) -> list[Row]:
         "width_critic": agent.critic.members[0][0].dense0.out_features,
         "width_actor": agent.actor.body.dense0.out_features, "batch": len(masks[0]),
         "actor_lr": optimizers["actor"][0]["lr"], "critic_lr": optimizers["critic"][0]["lr"],
-        "temp_lr": optimizers["temperature"][0]["lr"],
-    }
+        "temp_lr": optimizers["temperature"][0]["lr"]}
     rows = [compare(f"cfg/{name}", value, vectors[f"cfg/{name}"], 1e-6 * abs(vectors[f"cfg/{name}"]))
             for name, value in settings.items()]
     for name, constants in OPTIMIZERS.items():
@@ -603,11 +591,9 @@ def observe_normalizer(vectors: Vectors) -> dict[str, Tensor]:
     terminated = (vectors["terminals"] == 1) & ~truncated
 
     def normalize() -> Tensor:
-        return torch.stack([
-            torch.stack([normalizer.normalize(reward, task_id, temperature)
-                         for reward, task_id in zip(batch_rewards, task_ids)])
-            for temperature in vectors.tensor("temperatures")
-        ])
+        return torch.stack([torch.stack([normalizer.normalize(reward, task_id, temperature)
+                                         for reward, task_id in zip(batch_rewards, task_ids)])
+                            for temperature in vectors.tensor("temperatures")])
 
     when = vectors["normalized_after_step"].tolist()  # -1: before the first
     normalized, low, high = {-1: normalize()}, [], []
@@ -631,8 +617,7 @@ def observe_normalizer(vectors: Vectors) -> dict[str, Tensor]:
     return {
         "returns_min": torch.stack(low), "returns_max": torch.stack(high), "masks": masks,
         "normalized_rewards": torch.stack([normalized[t] for t in when]),
-        "zero_task_zero_temperature": zero_over_zero[None],
-    }
+        "zero_task_zero_temperature": zero_over_zero[None]}
 
 
 def check_normalizer(vectors: Vectors) -> list[Row]:

@@ -10,21 +10,6 @@ import suites
 from suites import atari
 from suites.atari import Games
 
-GAMES = atari.TASKS + atari.TRANSFER
-
-
-def test_settings():
-    env = suites.make("Pong", 0)
-    assert len(set(GAMES)) == 46 == len(atari.RETURNS)
-    assert env.action_space.n == 18
-    assert env.observation_space.shape == (4, 84, 84) and env.observation_space.dtype == np.uint8
-    ale = env.unwrapped.ale
-    assert ale.getFloat("repeat_action_probability") == 0.0
-    assert ale.getInt("max_num_frames_per_episode") == 108_000
-
-
-# ------------------------------------------------------------------------------------------------- the native games
-
 
 def same_start(games: Games, game: str, max_frames: int = 108_000) -> tuple:
     """Starts a game natively and by Gymnasium with the same number of no-ops.
@@ -113,7 +98,7 @@ def test_the_rows_of_some_games_step_alone():
     np.testing.assert_array_equal(step.obs, expected.obs[1:])
 
 
-@pytest.mark.parametrize("game", GAMES)
+@pytest.mark.parametrize("game", atari.TASKS + atari.TRANSFER)
 def test_all_46_games_run_natively(game):
     games = Games((game, game))
     obs = games.reset(seed=0)

@@ -1,18 +1,17 @@
 """The benchmark scripts: what they count, what they write, and what they refuse. No test looks at a time."""
 
-import csv
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import harness
 from benchmarks import report, throughput
+from conftest import ROOT, read_csv
 
-BENCHMARKS, CPU, PEAKS = Path(report.__file__).parent, torch.device("cpu"), throughput.Peaks(1e12, 1e10)
+CPU, PEAKS = torch.device("cpu"), throughput.Peaks(1e12, 1e10)
 
 
 @pytest.fixture
@@ -39,9 +38,7 @@ def test_the_floor_is_the_papers_network_by_hand():
 def test_a_case_per_width_goes_into_both_files_with_its_kernels(small, tmp_path, capsys):
     throughput.main(throughput.Args(**small, widths=(16, 24), precisions=("fp32",), profile=True,
                                     json=tmp_path / "out.json", csv=tmp_path / "out.csv"))
-    rows = json.loads((tmp_path / "out.json").read_text())["updates"]
-    with open(tmp_path / "out.csv", newline="") as file:
-        table = list(csv.DictReader(file))
+    rows, table = json.loads((tmp_path / "out.json").read_text())["updates"], read_csv(tmp_path / "out.csv")
     assert [row["width"] for row in rows] == [16, 24] == [int(line["width"]) for line in table]
     for row, line in zip(rows, table, strict=True):
         assert float(line["ms"]) == pytest.approx(row["ms"], rel=1e-3) and line["hardware"] and line["command"]
@@ -75,8 +72,7 @@ def test_seeds_of_one_setting_are_averaged_and_other_settings_stand_apart(tmp_pa
     make_run(tmp_path / "wide", 2, {"reach": [1.0, 1.0], "push": [1.0, 1.0]}, width=128)
     report.main(report.Args((tmp_path,), ("mw",), mean_only=True, at=(0.5, 1), threshold=0.75, out=tmp_path / "out.png",
                             csv=tmp_path / "out.csv"))
-    with open(tmp_path / "out.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["method"] != "authors, mw"]
+    rows = [row for row in read_csv(tmp_path / "out.csv") if row["method"] != "authors, mw"]
     assert [(row["method"], row["seeds"], row["env_step"], row["value"]) for row in rows] == [
         ("idea (width 64)", "2", "10", "0.250"), ("idea (width 64)", "2", "20", "0.750"),
         ("idea (width 128)", "1", "10", "1.000"), ("idea (width 128)", "1", "20", "1.000")]
@@ -93,18 +89,13 @@ def test_updates_count_every_network_of_single_task_runs():
     assert report.Method(learning_starts=5, single=True).x_of(steps, "updates", 3).tolist() == [0, 120]
 
 
-def run(*command):
-    process = subprocess.run(command, cwd=BENCHMARKS.parent, capture_output=True, text=True, timeout=120)
-    return process.returncode, process.stderr.strip()
-
-
-def test_what_cannot_be_measured_is_refused_in_a_sentence(tmp_path):
+@pytest.mark.parametrize(("command", "message"), [
+    ("throughput.py --cuda-graph True --device cpu", "NVIDIA GPU"), ("report.py {}", "no evaluation of 'score' yet"),
+    ("report.py --official mv", "the names are cpu"), ("env_steps.py --suites mv", "Unknown suite"),
+    ("gpu_day.sh dance {}", "unknown piece 'dance'")])
+def test_what_cannot_be_measured_is_refused_in_a_sentence(tmp_path, command, message):
     (tmp_path / "metrics.csv").write_text("exp_name,env_name,seed,metric,env_step,value\n")
-    for command, message in (
-            ([sys.executable, BENCHMARKS / "throughput.py", "--cuda-graph", "True", "--device", "cpu"], "NVIDIA GPU"),
-            ([sys.executable, BENCHMARKS / "report.py", tmp_path], "no evaluation of 'score' yet"),
-            ([sys.executable, BENCHMARKS / "report.py", "--official", "mv"], "the names are cpu"),
-            ([sys.executable, BENCHMARKS / "env_steps.py", "--suites", "mv"], "Unknown suite"),
-            (["bash", BENCHMARKS / "gpu_day.sh", "dance", tmp_path], "unknown piece 'dance'")):
-        code, error = run(*map(str, command))
-        assert code == 2 and message in error and "\n" not in error
+    script, *arguments = command.format(tmp_path).split()
+    process = subprocess.run(["bash" if script.endswith(".sh") else sys.executable, f"benchmarks/{script}", *arguments],
+                             cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 2 and message in process.stderr and process.stderr.count("\n") == 1

@@ -6,7 +6,6 @@ both elsewhere.
 
 import dataclasses
 from functools import partial
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -48,8 +47,7 @@ def make_batch() -> Batch:
     (dict(small=True), dict(encoder_scale=0.125, batch_size=32, updates_per_step=1, eval_episodes=3,
                             final_eval_episodes=3)),
     (dict(small=True, encoder_scale=0.5, batch_size=8, eval_episodes=2),
-     dict(encoder_scale=0.5, batch_size=8, updates_per_step=1, eval_episodes=2, final_eval_episodes=2)),
-])
+     dict(encoder_scale=0.5, batch_size=8, updates_per_step=1, eval_episodes=2, final_eval_episodes=2))])
 def test_defaults(given_args, resolved):
     args = brc_drq.resolve(Args(**given_args))
     assert {name: getattr(args, name) for name in resolved} == resolved
@@ -60,8 +58,7 @@ def test_defaults(given_args, resolved):
     (dict(learning_starts=2), "--learning-starts is 2: give a number of at least 3"),
     (dict(encoder_scale=float("nan")), "--encoder-scale is nan"),
     (dict(shift_pad=84), "--shift-pad is 84.*at most 83"),
-    (dict(total_steps=1600), "--total-steps 1600 and --learning-starts 1600 nothing would be learned"),
-])
+    (dict(total_steps=1600), "--total-steps 1600 and --learning-starts 1600 nothing would be learned")])
 def test_bad_arguments_are_refused(given_args, message):
     with pytest.raises(harness.UsageError, match=message):
         brc_drq.resolve(Args(**given_args))
@@ -80,17 +77,14 @@ def test_the_encoder_halves_the_image_three_times_and_a_block_adds_to_its_input(
     assert torch.equal(block(x), x) and not torch.equal(block(-x), -x)
 
 
-@pytest.mark.parametrize(
-    ("num_embeddings", "scale", "count"),
-    # Convolutions 9 in out + out, layer norm 2 per feature, dense layers in out + out, embedding 32 a game:
-    # at scale 1: 4,736 + 590,336 and 295,168 + 2,360,320 and 590,080 + 2,360,320; 61,952; 15,876,608 with the embedding
-    # (15,860,224 without), 262,656, 932,634; 832.
-    [(26, 1.0, 23_335_642), (0, 1.0, 23_318_426), (2, 0.125, 3_300_202)],
-)
-def test_parameter_counts(num_embeddings, scale, count):
+# Convolutions 9 in out + out, layer norm 2 per feature, dense layers in out + out, embedding 32 a game:
+# at scale 1: 4,736 + 590,336 and 295,168 + 2,360,320 and 590,080 + 2,360,320; 61,952; 15,876,608 with the embedding
+# (15,860,224 without), 262,656, 932,634; 832.
+@pytest.mark.parametrize(("games", "scale", "count"), [(26, 1, 23_335_642), (0, 1, 23_318_426), (2, 1 / 8, 3_300_202)])
+def test_parameter_counts(games, scale, count):
     with torch.device("meta"):
-        critic = brc_drq.Critic(make_args(encoder_scale=scale, hidden_width=512), num_embeddings)
-    assert sum(parameter.numel() for parameter in critic.parameters()) == count
+        critic = brc_drq.Critic(make_args(encoder_scale=scale, hidden_width=512), games)
+    assert test_sac.count(critic) == count
 
 
 def test_head_sees_normalised_features_and_the_embedding_and_the_encoder_no_task():
@@ -111,16 +105,15 @@ def test_a_single_task_has_no_embedding():
 
 
 def test_bf16_is_for_convolutions_and_products_alone():
-    agent, seen, batch = Agent(make_args(precision="bf16"), 2), {}, make_batch()
+    exact = Agent(make_args(), 2).update(make_batch())["critic_loss"].item()
+    torch.manual_seed(0)
+    agent, seen = Agent(make_args(precision="bf16"), 2), {}
     for name in ("encoder", "norm", "logits"):
         part = getattr(agent.critic, name)
         part.register_forward_hook(lambda _, inputs, output, name=name: seen.update({name: output.dtype}))
-    loss = agent.update(batch)["critic_loss"]
+    loss = agent.update(make_batch())["critic_loss"].item()
     assert seen == {"encoder": torch.bfloat16, "norm": torch.float32, "logits": torch.float32}
-    torch.manual_seed(0)
-    exact = Agent(make_args(), 2).update(make_batch())["critic_loss"]
-    assert loss != exact
-    np.testing.assert_allclose(loss, exact, rtol=0.05)
+    assert loss != exact and loss == pytest.approx(exact, rel=0.05)
 
 
 # --------------------------------------------------------------------------------------------------- replay buffer
@@ -129,20 +122,16 @@ def test_bf16_is_for_convolutions_and_products_alone():
 class Stream(test_sac.Stream):
     """Frames are numbered, in 2x2 pixels of one byte. A life is lost in every step whose number is divisible by `life`.
 
-    `rows` has of every step obs, action, reward, `dead` (terminated or a life lost), `over` and the true next obs.
+    `rows` has of every step obs, action, reward, `dead` (terminated or a life lost) and the true next obs.
     """
 
-    def __init__(self, plans: list[list[tuple[int, int]]], life: int = 5):
-        self.life = life
-        super().__init__(plans)
+    life = 5
 
     def frames(self) -> np.ndarray:
-        return np.array([next(self.numbers) for _ in self.plans], np.uint32).view(np.uint8).reshape(-1, 2, 2)
+        return np.array([next(self.numbers) for _ in self.plans], np.uint32).view(np.uint8).reshape(-1, 1, 2, 2)
 
     def reset_obs(self) -> np.ndarray:
-        obs = np.zeros((len(self.plans), 4, 2, 2), np.uint8)  # as the environments' frame stacks
-        obs[:, 3] = self.frames()
-        return obs
+        return np.pad(self.frames(), ((0, 0), (3, 0), (0, 0), (0, 0)))  # as the environments' frame stacks
 
     def feed(self, num_steps: int, *buffers: ReplayBuffer) -> None:
         for _ in range(num_steps):
@@ -150,17 +139,12 @@ class Stream(test_sac.Stream):
             rng, over = np.random.default_rng(time), terminated | truncated
             action, reward = rng.integers(18, size=tasks), rng.normal(size=tasks).astype(np.float32)
             life_lost = ~over & ((time + np.arange(tasks)) % self.life == 0)
-            self.obs = next_obs = np.concatenate([obs[:, 1:], self.frames()[:, None]], 1)
+            self.obs = next_obs = np.concatenate([obs[:, 1:], self.frames()], 1)
             for buffer in buffers:
                 buffer.add(obs, action, reward, terminated, truncated, life_lost, next_obs)
-            for rows, *step in zip(self.rows, obs, action, reward, terminated | life_lost, over, next_obs):
+            for rows, *step in zip(self.rows, obs, action, reward, terminated | life_lost, next_obs):
                 rows.append(step)
             self.begin(over)
-
-    def begin(self, over: np.ndarray) -> None:
-        for task in np.flatnonzero(over):
-            self.rows[task][-1][4] = True
-        super().begin(over)
 
     def kept(self, buffer: ReplayBuffer) -> dict:
         """The transitions that a buffer of these sizes holds, by their newest frame's number."""
@@ -172,10 +156,10 @@ class Stream(test_sac.Stream):
     def transition(self, task: int, t: int, buffer: ReplayBuffer) -> tuple | None:
         """Step by step, as a textbook has it; none where its n steps are not there yet."""
         (obs, action, *_), *_ = steps = self.rows[task][t:t + buffer.n_step]
-        reward, discount = 0.0, 1.0
-        if len(steps) < buffer.n_step and not any(over for *_, over, _ in steps):
+        overs, reward, discount = [(i, task) in self.ends for i in range(t, t + len(steps))], 0.0, 1.0
+        if len(steps) < buffer.n_step and not any(overs):
             return None
-        for _, _, step_reward, dead, over, next_obs in steps:
+        for (_, _, step_reward, dead, next_obs), over in zip(steps, overs):
             reward += discount * step_reward
             discount *= 0.0 if dead else buffer.gamma
             if dead or over:
@@ -211,14 +195,14 @@ def assert_samples(buffer: ReplayBuffer, stream: Stream) -> None:
        bouts=st.lists(st.tuples(st.integers(1, 60), st.none() | st.integers(5, 25)), min_size=1, max_size=4))
 @mock.patch("os.fsync", lambda file: None)
 def test_buffer_samples_exactly_what_a_list_of_episodes_holds(plans, n_step, more, life, bouts):
-    stream = Stream(plans, life)
-    buffer = make_buffer(stream, n_step + more, n_step)
+    stream = Stream(plans)
+    stream.life, buffer = life, make_buffer(stream, n_step + more, n_step)
     stream.feed(n_step - 1, buffer)
     test_sac.assert_survives_checkpoints(stream, buffer, bouts, assert_samples, partial(make_buffer, n_step=n_step))
 
 
 def test_a_ring_wraps_at_every_phase_of_an_episode_and_is_sampled_uniformly():
-    stream = Stream([[(70, 1)], [(64, 2), (3, 1), (100, 1)]], life=11)
+    stream = Stream([[(70, 1)], [(64, 2), (3, 1), (100, 1)]])
     buffer = make_buffer(stream, 100)
     for _ in range(25):
         stream.feed(13, buffer)
@@ -273,34 +257,21 @@ def test_augmentation_differs_per_sample_and_keeps_statistics():
     assert torch.equal(brc_drq.augment(image[None], make_args(shift_pad=0, intensity=0.0)), image[None] / 255)
 
 
-class Table:
-    """In place of a Critic: the same logits [A, K] for every observation."""
-
-    def __init__(self, logits: torch.Tensor):
-        self.table, self.atoms = logits, torch.linspace(-10, 10, 101)
-
-    def embed(self, task_id):
-        return None
-
-    def __call__(self, obs, embedding):
-        return self.table.expand(len(obs), -1, -1)
-
-    q_values = brc_drq.Critic.q_values
-
-
 def test_the_critic_chooses_the_next_action_and_the_target_evaluates_it():
     # The critic prefers action 1; of it the target expects 2, atom 60, though it expects 9 of action 0.
-    atoms = torch.zeros(2, 18, dtype=int)  # each network's certain one of each action
-    atoms[:, :2] = torch.tensor([[50, 70], [95, 60]])
-    critic, target = map(Table, 50 * torch.nn.functional.one_hot(atoms, 101).float())
-    critic.table += torch.randn(18, 101)
-    batch = Batch(torch.zeros(2, 1), torch.tensor([0, 1]), torch.tensor([1.0, -20.0]), torch.tensor([0.5, 0.0]),
-                  torch.zeros(2, 1), torch.zeros(2, dtype=int))
-    loss, metrics = brc_drq.critic_loss(critic, target, batch)
+    networks, (critic, target) = [brc_drq.Critic(make_args(), 2) for _ in range(2)], torch.zeros(2, 18, 101)
+    critic[[0, 1], [50, 70]], target[[0, 1], [95, 60]] = 50.0, 50.0  # their logits, for every observation
+    critic += torch.randn(18, 101)
+    for network, logits in zip(networks, (critic, target)):
+        network.logits.weight.data.zero_()
+        network.logits.bias.data.copy_(logits.flatten())
+    batch = Batch(*(field[:2] for field in make_batch()))._replace(
+        action=torch.tensor([0, 1]), reward=torch.tensor([1.0, -20.0]), discount=torch.tensor([0.5, 0.0]))
+    loss, metrics = brc_drq.critic_loss(*networks, batch)
     targets = [1 + 0.5 * 2, -10]  # the second has ended, and is clipped
-    np.testing.assert_allclose(metrics["target_q"], np.mean(targets), atol=1e-4)
-    log_probs = critic.table.log_softmax(-1)  # of the actions that were taken, at the targets' atoms
-    np.testing.assert_allclose(loss, -(log_probs[0, 60] + log_probs[1, 0]) / 2, rtol=1e-5)
+    assert metrics["target_q"].item() == pytest.approx(np.mean(targets), abs=1e-4)
+    log_probs = critic.log_softmax(-1)  # of the actions that were taken, at the targets' atoms
+    assert loss.item() == pytest.approx(-(log_probs[0, 60] + log_probs[1, 0]).item() / 2, rel=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------- agent
@@ -324,8 +295,7 @@ def test_actions_are_greedy_but_for_a_share_of_epsilon():
     with mock.patch.object(agent, "q_values", lambda obs, task_id: torch.eye(18)[5].expand(len(obs), 18)):
         actions = {epsilon: agent.act(obs, task_id, epsilon) for epsilon in (0, 0.36, 1)}
     assert (actions[0] == 5).all()
-    others = (actions[0.36] != 5).float().mean()
-    np.testing.assert_allclose(others, 0.36 * 17 / 18, atol=0.03)
+    assert (actions[0.36] != 5).float().mean().item() == pytest.approx(0.36 * 17 / 18, abs=0.03)
     assert (torch.bincount(actions[1], minlength=18) > 3000 / 18 * 0.7).all()
 
 
@@ -341,8 +311,7 @@ def test_epsilon_falls_over_5000_steps_once_learning_starts():
     # Rewards are the row's number + 1 in each step; first copies' episodes are of 3 steps, second ones' of 7.
     (2, [[0, 1, 2, 3]] * 3 + [[1, 3]] * 4, [(3 * 1 + 7 * 2) / 2, (3 * 3 + 7 * 4) / 2]),
     (3, [[0, 1, 2, 3]] * 6 + [[1, 3]], [(2 * 3 * 1 + 7 * 2) / 3, (2 * 3 * 3 + 7 * 4) / 3]),
-    (1, [[0, 2]] * 3, [3 * 1, 3 * 3]),
-])
+    (1, [[0, 2]] * 3, [3 * 1, 3 * 3])])
 def test_evaluation_plays_exactly_as_many_episodes(episodes, played, returns):
     class Lengths(FakeGames):
         def step_wait(self):
@@ -379,10 +348,8 @@ def test_what_is_learned_from_are_clipped_rewards_and_lives(monkeypatch, tmp_pat
         assert [step for step, row in enumerate(seen, 1) if row[fate]] == list(steps)
     values = [seen[step - 1][3] for step in range(10, 81, 10)]
     assert values[:3] == [None] * 3 and (np.abs(values[3:]) > 0).all()  # nothing was learned before step 30
-    buffer = brc_drq.make_buffer(args, torch.device("cpu"))
-    harness.read_checkpoint(Path(args.run_dir), buffer)
-    buffer.end_episodes(np.array([], int))
-    assert (buffer.sample(200).reward.abs().max() > 3) != clip
+    stored = np.fromfile(tmp_path / "run/replay/rows.bin", np.float32).reshape(-1, 4)
+    assert set(stored[:, 1]) == {1.0 if clip else 3.0, -1.0}
 
 
 def test_a_short_run_of_real_games_whose_stacks_are_stored_as_they_were_shown(tmp_path, capsys, monkeypatch):

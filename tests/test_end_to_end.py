@@ -37,14 +37,24 @@ RUNS = {
 }
 
 
-def brc(arguments: str, cwd: Path, script: Path = SCRIPT, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(script), *shlex.split(arguments)], cwd=cwd, env=os.environ | env,
-                          capture_output=True, text=True, timeout=300)
+def shell(command: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["bash", "-c", command], cwd=cwd, env=os.environ | env, capture_output=True, text=True,
+                          timeout=300)
 
 
-def table(stdout: str) -> dict[str, list[str]]:
-    """The lines of an output by their first words: in the table of results, tasks."""
-    return {line.split()[0]: line.split() for line in stdout.splitlines() if line.split()}
+def python(*words: object) -> str:
+    return shlex.join(map(str, [sys.executable, *words]))
+
+
+def brc(arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    return shell(f"{python(SCRIPT)} {arguments}", cwd)
+
+
+def assert_table_of_the_last_evaluation(stdout: str, values: dict) -> None:
+    rows = {words[0]: words for words in map(str.split, stdout.splitlines()) if words}
+    for task in {task for task, _, _ in values}:
+        assert float(rows[task][1]) == pytest.approx(values[task, "return", 250], abs=0.051)
+        assert float(rows[task][-1]) == pytest.approx(values[task, "score", 250], abs=6e-4)
 
 
 def run_of(name: str, cwd: Path) -> tuple[Path, str, dict]:
@@ -62,8 +72,7 @@ def run_of(name: str, cwd: Path) -> tuple[Path, str, dict]:
 def test_a_run_leaves_its_arguments_metrics_checkpoint_logs_and_table(name, tmp_path):
     path, stdout, values = run_of(name, tmp_path)
     args = json.loads((path / "args.json").read_text())
-    fields = {field.name for field in dataclasses.fields(brc_sac.Args)}
-    assert fields <= args.keys() and {"git_commit", "hardware", "versions"} <= args.keys()
+    assert {field.name for field in dataclasses.fields(brc_sac.Args)} | {"git_commit", "hardware"} <= args.keys()
     assert args["versions"]["torch"] == torch.__version__ and "mujoco" in args["versions"]
     tasks, variant = {"metaworld": (["reach", "drawer-close"], "paper"), "single": (["drawer-close"], "release"),
                       "dmc": (["cartpole-swingup", "reacher-easy"], "release")}[name]
@@ -74,10 +83,8 @@ def test_a_run_leaves_its_arguments_metrics_checkpoint_logs_and_table(name, tmp_
     if name == "single":
         assert re.fullmatch(r"brc_sac-drawer-close-release__0__\d{8}-\d{6}", path.name)
 
-    assert (path / "metrics.csv").read_text().splitlines()[0] == "exp_name,env_name,seed,metric,env_step,value"
     metrics = ["return", "score"] + ["success"] * (name != "dmc")
-    keys = {(task, metric, step) for task in [*tasks, "mean"] for metric in metrics for step in EVALUATED}
-    assert values.keys() == keys
+    assert values.keys() == set(itertools.product([*tasks, "mean"], metrics, EVALUATED))
     named = {(row["exp_name"], row["seed"]) for row in read_csv(path / "metrics.csv")}
     assert named == {(args["exp_name"], str(args["seed"]))}
     for step in EVALUATED:
@@ -91,26 +98,19 @@ def test_a_run_leaves_its_arguments_metrics_checkpoint_logs_and_table(name, tmp_
     assert checkpoint(path)["env_step"] == 250
     assert {file.name for file in path.iterdir()} == {"args.json", "metrics.csv", "checkpoint.pt", "lock", "replay",
                                                           "checkpoint.previous.pt", "tensorboard"}
-    rows = table(stdout)
-    for task in [*tasks, "mean"]:
-        assert float(rows[task][1]) == pytest.approx(values[task, "return", 250], abs=0.051)
-        assert float(rows[task][-1]) == pytest.approx(values[task, "score", 250], abs=6e-4)
+    assert_table_of_the_last_evaluation(stdout, values)
 
     # TensorBoard: losses, scales, embeddings and the same evaluations.
     events = EventAccumulator(str(path / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-
-    def scalars(tag: str) -> dict[int, float]:
-        return {event.step: event.value for event in events.Scalars(tag)}
-
+    scalars = {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
     for tag in ("critic_loss", "actor_loss", "entropy", "temperature"):
-        logged = scalars(f"train/{tag}")
+        logged = scalars[f"train/{tag}"]
         assert list(logged) == [100, 150, 200, 250] and all(map(math.isfinite, logged.values()))
-    assert scalars("train/temperature")[250] != scalars("train/temperature")[100]
+    assert scalars["train/temperature"][250] != scalars["train/temperature"][100]
     for (task, metric, step), value in values.items():
-        assert scalars(f"eval_{metric}/{task}")[step] == pytest.approx(value, rel=1e-4, abs=1e-6)
-    for task in tasks:
-        scales = scalars(f"return_scale/{task}")
-        # The first of MetaWorld's episodes ended at step 200; dm_control's last for 1000.
+        assert scalars[f"eval_{metric}/{task}"][step] == pytest.approx(value, rel=1e-4, abs=1e-6)
+    for task in tasks:  # the first of MetaWorld's episodes ended at step 200; dm_control's last for 1000
+        scales = scalars[f"return_scale/{task}"]
         assert math.isinf(scales[150]) and math.isinf(scales[250]) == (name == "dmc")
     if name != "single":
         latest = max((path / "tensorboard").glob("*/*/tensors.tsv"), key=lambda path: int(path.parts[-3]))
@@ -127,9 +127,7 @@ def test_the_same_seed_gives_the_same_metrics_in_any_number_of_workers_and_at_ev
     before = files_under(path)
     process = brc(f"--evaluate {path}", tmp_path)
     assert process.returncode == 0, process.stderr
-    rows = table(process.stdout)
-    for task in ("reach", "drawer-close", "mean"):
-        assert float(rows[task][1]) == pytest.approx(values[task, "return", 250], abs=0.051)
+    assert_table_of_the_last_evaluation(process.stdout, values)
     assert files_under(path) == before
 
 
@@ -137,23 +135,15 @@ def test_a_copy_of_the_script_in_a_folder_with_spaces_is_a_program_of_its_own(tm
     folder = tmp_path / "my 'ideas'"
     folder.mkdir()
     shutil.copy(SCRIPT, folder / "my_idea.py")
-    arguments = f"{METAWORLD} --workers 0 --total-steps 60 --log-interval 10 --run-dir 'a run'"
     env = {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     script = folder / "my_idea.py"
-    program = subprocess.Popen([sys.executable, str(script), *shlex.split(arguments)], cwd=folder, env=os.environ | env,
-                               stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    while "a run" not in program.stdout.readline():
-        assert program.poll() is None, program.stderr.read()
-    program.send_signal(signal.SIGTERM)
-    _, err = program.communicate(timeout=120)
-    assert program.returncode in (128 + signal.SIGTERM, 0), err
+    first = shell(f"{python(script)} {METAWORLD} --workers 0 --total-steps 60 --run-dir 'a run'", folder, **env)
+    assert first.returncode == 0, first.stderr
     facts = json.loads((folder / "a run/args.json").read_text())
     assert facts["exp_name"] == "my_idea-reach-drawer-close-paper" and facts["program"] == str(script)
-    assert err.strip().endswith(f"To go on: {facts['go_on']}")
-    resumed = subprocess.run(facts["go_on"], shell=True, cwd=folder, env=os.environ | env, capture_output=True,
-                             text=True)
+    resumed = shell(f"{facts['go_on']} --total-steps 70", folder, **env)
     assert resumed.returncode == 0, resumed.stderr
-    assert "my_idea-reach-drawer-close-paper,mean" in (folder / "a run/metrics.csv").read_text()
+    assert "my_idea-reach-drawer-close-paper,mean,0,score,70" in (folder / "a run/metrics.csv").read_text()
     other = brc("--resume 'a run'", folder)
     assert other.returncode == 2
     assert other.stderr == f"brc_sac.py: a run is a run of my_idea.py, and this is brc_sac.py: {facts['go_on']}\n"
@@ -165,19 +155,12 @@ LONG = ("--tasks reach drawer-close --width 32 --actor-width 16 --batch-size 32 
         "--no-compile --workers 2 --run-dir run")
 
 
-def assert_gone(pids: list[str]) -> None:
-    deadline = time.monotonic() + 30
-    while any(Path(f"/proc/{pid}").exists() for pid in pids):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 @pytest.mark.parametrize("victim", ["worker", "run"])
 def test_a_killed_worker_ends_the_run_after_a_checkpoint_and_a_killed_run_its_workers(tmp_path, victim):
     process = subprocess.Popen([sys.executable, str(SCRIPT), *LONG.split()], cwd=tmp_path, stdout=subprocess.DEVNULL,
                                stderr=subprocess.PIPE, text=True)
-    path, deadline = tmp_path / "run" / "checkpoint.previous.pt", time.monotonic() + 120
+    path, deadline = tmp_path / "run" / "checkpoint.previous.pt", time.monotonic() + 240
     while not path.exists():  # the second checkpoint
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
@@ -185,7 +168,9 @@ def test_a_killed_worker_ends_the_run_after_a_checkpoint_and_a_killed_run_its_wo
     assert len(workers) == 4  # two to train, two to evaluate
     os.kill(int(workers[1]) if victim == "worker" else process.pid, signal.SIGKILL)
     _, stderr = process.communicate(timeout=60)
-    assert_gone(workers)
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     step = checkpoint(tmp_path / "run")["env_step"]
     if victim == "worker":
         assert process.returncode == 1 and "Traceback" not in stderr, stderr
@@ -207,17 +192,15 @@ runpy.run_path({script!r}, run_name="__main__")
 
 
 @pytest.fixture
-def toys(tmp_path) -> list[str]:
+def toys(tmp_path) -> str:
     """The command of a small run on toy tasks, in a process of its own with an interpreter that ends as it does."""
     (tmp_path / "toys.py").write_text(ON_TOYS.format(root=str(ROOT), tests=str(ROOT / "tests"), script=str(SCRIPT)))
-    return [sys.executable, "toys.py", *SMALL["brc_sac"].split(), "--run-dir", "run"]
+    return f"{python('toys.py')} {SMALL['brc_sac']} --run-dir run"
 
 
-@pytest.mark.parametrize("shell", ["> /dev/full 2>&1", ">&- 2>&- <&-", "2>&1 | head -1"])
-def test_a_run_whose_output_nobody_takes_ends_well(toys, tmp_path, shell):
-    pipe = "; exit ${PIPESTATUS[0]}"
-    process = subprocess.run(["bash", "-c", f"{shlex.join(toys)} {shell}{pipe}"], cwd=tmp_path, capture_output=True,
-                             text=True, timeout=300)
+@pytest.mark.parametrize("streams", ["> /dev/full 2>&1", ">&- 2>&- <&-", "2>&1 | head -1"])
+def test_a_run_whose_output_nobody_takes_ends_well(toys, tmp_path, streams):
+    process = shell(f"{toys} {streams}; exit ${{PIPESTATUS[0]}}", tmp_path)
     assert process.returncode == 0, process.stderr
     assert "Exception" not in process.stderr and "Traceback" not in process.stderr and "Errno" not in process.stderr
     assert checkpoint(tmp_path / "run")["env_step"] == 80
@@ -226,8 +209,8 @@ def test_a_run_whose_output_nobody_takes_ends_well(toys, tmp_path, shell):
 
 def test_a_run_goes_on_when_its_terminal_goes_away(toys, tmp_path):
     ours, theirs = pty.openpty()
-    process = subprocess.Popen(["bash", "-c", f"trap '' HUP; exec {shlex.join(toys)}"], cwd=tmp_path, stdin=theirs,
-                               stdout=theirs, stderr=theirs, start_new_session=True)
+    process = subprocess.Popen(["bash", "-c", f"trap '' HUP; exec {toys}"], cwd=tmp_path, stdin=theirs, stdout=theirs,
+                               stderr=theirs, start_new_session=True)
     os.close(theirs)
     while b"run" not in os.read(ours, 1000):
         pass
@@ -242,16 +225,13 @@ SCRIPTS = [path for pattern in ("*.py", "benchmarks/*.py", "ablations/*.py") for
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_help_may_be_cut_short(script, tmp_path):
-    command = f"{shlex.join([sys.executable, str(script), '--help'])} | head -1; exit ${{PIPESTATUS[0]}}"
-    process = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=120,
-                             env=os.environ | {"PYTHONPATH": str(ROOT)})
+    process = shell(f"{python(script)} --help | head -1; exit ${{PIPESTATUS[0]}}", tmp_path, PYTHONPATH=str(ROOT))
     assert process.stdout.startswith("usage:") and process.stderr == "" and process.returncode == 0
     assert not list(tmp_path.iterdir())
 
 
 def test_help_lists_the_flags_without_importing_torch_or_a_simulator(tmp_path):
-    process = subprocess.run([sys.executable, "-X", "importtime", str(SCRIPT), "--help"], cwd=tmp_path,
-                             capture_output=True, text=True, timeout=60)
+    process = shell(f"{python('-X', 'importtime', SCRIPT)} --help", tmp_path)
     assert process.returncode == 0
     for field in dataclasses.fields(brc_sac.Args):
         assert re.search(rf"(?<![\w-])--(no-)?{field.name.replace('_', '-')}(?![\w-])", process.stdout), field.name
@@ -262,16 +242,14 @@ def test_help_lists_the_flags_without_importing_torch_or_a_simulator(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------- command line
-BOUNDS = {  # arguments, and values beside their ranges
-    "width critic_depth actor_depth actor_width embedding_dim batch_size updates_per_step learning_starts buffer_size "
-    "eval_interval eval_episodes log_interval checkpoint_interval": (0, -3),
-    "total_steps seed workers": (-1,), "num_atoms": (1,), "weight_decay": (-1e-4,),
-    "gamma": (1.0, -0.1, math.nan), "tau": (1.5, -0.5),
-    "learning_rate v_max init_temperature": (0.0, -10.0, math.nan, math.inf),
-}
 
 
-@pytest.mark.parametrize(("names", "values"), BOUNDS.items())
+@pytest.mark.parametrize(("names", "values"), [  # arguments, and values beside their ranges
+    ("width critic_depth actor_depth actor_width embedding_dim batch_size updates_per_step learning_starts buffer_size "
+     "eval_interval eval_episodes log_interval checkpoint_interval", (0, -3)),
+    ("total_steps seed workers", (-1,)), ("num_atoms", (1,)), ("weight_decay", (-1e-4,)),
+    ("gamma", (1.0, -0.1, math.nan)), ("tau", (1.5, -0.5)),
+    ("learning_rate v_max init_temperature", (0.0, -10.0, math.nan, math.inf))])
 def test_every_number_has_its_range(names, values):
     for name, value in itertools.product(names.split(), values):
         with pytest.raises(brc_sac.UsageError) as refusal:
@@ -280,22 +258,17 @@ def test_every_number_has_its_range(names, values):
         assert re.fullmatch(rf"--{flag} is {value}: give a number of at least [^\n]*\d\.", str(refusal.value))
 
 
-REFUSED = {
-    "--tasks reach draw-close": "Unknown task 'draw-close': did you mean drawer-close",
-    "--tasks reach Pong": "Pong is an Atari game.*leave the games out, or use brc_drq.py",
-    "--tasks reach --total-steps 300 --learning-starts 300": "With --total-steps 300 and --learning-starts 300 nothing",
-    "--resume nowhere": "nowhere holds no run",
-    "--evaluate nowhere": "nowhere holds no run",
-    "--tasks reach --device quantum": "Device 'quantum' is not on this machine .*: give cpu",
-    "--tasks reach --track": "--track needs W&B, which is not installed",
-}
-
-
-@pytest.mark.parametrize("arguments", REFUSED)
-def test_bad_arguments_end_in_one_sentence_and_create_nothing(sac, monkeypatch, arguments):
+@pytest.mark.parametrize(("arguments", "message"), [
+    ("--tasks reach draw-close", "Unknown task 'draw-close': did you mean drawer-close"),
+    ("--tasks reach Pong", "Pong is an Atari game.*leave the games out, or use brc_drq.py"),
+    ("--tasks reach --total-steps 30 --learning-starts 30", "With --total-steps 30 and --learning-starts 30 nothing"),
+    ("--resume nowhere", "nowhere holds no run"), ("--evaluate nowhere", "nowhere holds no run"),
+    ("--tasks reach --device quantum", "Device 'quantum' is not on this machine .*: give cpu"),
+    ("--tasks reach --track", "--track needs W&B, which is not installed")])
+def test_bad_arguments_end_in_one_sentence_and_create_nothing(sac, monkeypatch, arguments, message):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr("harness.find_spec", lambda name: None)
-    assert re.search(REFUSED[arguments], sac.refused(arguments))
+    assert re.search(message, sac.refused(arguments))
     assert {path.name for path in sac.folder.iterdir()} == {"out", "err"} and sac.out == ""
 
 
@@ -327,5 +300,5 @@ def test_a_new_run_takes_no_directory_that_holds_files(program, held):
     if held == "lock":  # of a run that never began
         assert program.run(arguments) == 0, program.err
     else:
-        assert "taken it already holds files: .*--resume 'taken it'".split(".*")[1] in program.refused(arguments)
+        assert re.search("taken it already holds files: .*--resume 'taken it'", program.refused(arguments))
         assert path.read_text() == "somebody's results" and len(list((program.folder / "taken it").iterdir())) == 1

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
+from conftest import ROOT, on_gpu
 from tests import parity
 
-ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "tests" / "reference"
 
 # One wrong number in the file: the array, of which the largest entry is changed in its fourth digit.
@@ -25,6 +24,15 @@ WRONG_NUMBERS = {
     "normalizer": ["returns_min", "normalized_rewards"],
 }
 
+
+def reordered(*order: int) -> Callable[[str], str]:
+    """A change to the order of the steps in Agent.update, which are 0 critic, 1 Polyak, 2 actor."""
+    def change(text: str) -> str:
+        before, *steps, after = re.split(r"(?m)^(?=        # (?:1-3|4|5|6): )", text)
+        return "".join([before, *(steps[number] for number in order), after])
+    return change
+
+
 # One wrong formula in the agent: the file that shows it, the text of brc_sac.py and what stands there instead.
 WRONG_FORMULAS = {
     "no weight decay": ("multitask", "weight_decay=args.weight_decay", "weight_decay=0.0"),
@@ -32,39 +40,26 @@ WRONG_FORMULAS = {
     "beta2 of AdamW": ("units", "betas=(beta1, 0.999)", "betas=(beta1, 0.99)"),
     "discount": ("multitask", "gamma=0.99,", "gamma=0.9901,"),
     "L1 embedding": ("units", '"l2": 2', '"l2": 1'),
-    "minimum over critics, actor": (
-        "multitask", "return (logits.softmax(-1).mean(0) * self.atoms).sum(-1)",
-        "return (logits.softmax(-1) * self.atoms).sum(-1).amin(0)",
-    ),
-    "mean of logits, not of probabilities": (
-        "multitask", "target_logits.softmax(-1).mean(0)", "target_logits.mean(0).softmax(-1)"
-    ),
-    "target's embedding for the next action": (
-        "multitask", "actor(batch.next_obs, critic.embed(batch.task_id))",
-        "actor(batch.next_obs, target.embed(batch.task_id))",
-    ),
-    "tanh correction with an epsilon": (
-        "multitask", "correction = 2 * (math.log(2) - u - F.softplus(-2 * u))",
-        "correction = torch.log(1 - torch.tanh(u).square() + 1e-6)",
-    ),
+    "minimum over critics, actor": ("multitask", "(logits.softmax(-1).mean(0) * self.atoms).sum(-1)",
+                                    "(logits.softmax(-1) * self.atoms).sum(-1).amin(0)"),
+    "mean of logits": ("multitask", "target_logits.softmax(-1).mean(0)", "target_logits.mean(0).softmax(-1)"),
+    "target's embedding for the next action": ("multitask", "actor(batch.next_obs, critic.embed(batch.task_id))",
+                                               "actor(batch.next_obs, target.embed(batch.task_id))"),
+    "tanh correction with an epsilon": ("multitask", "correction = 2 * (math.log(2) - u - F.softplus(-2 * u))",
+                                        "correction = torch.log(1 - torch.tanh(u).square() + 1e-6)"),
     "entropy share twice too large": ("normalizer", "-self.target_entropy / 2 /", "-self.target_entropy /"),
     "no bootstrap of truncated episodes": ("normalizer", "G = rewards.mean() / (1 - self.gamma)", "G = 0.0"),
+    **{f"steps {order}": ("singletask", reordered(*order)) for order in ((1, 0, 2), (2, 0, 1), (0, 2, 1))},
 }
 
 
 @functools.cache
 def right(name: str) -> tuple[list, dict]:
     """The rows and the tolerances of a file, for the right agent and the right numbers."""
-    measured, original = {}, parity.measure
-
-    def measure(observe):
-        values, tolerance = original(observe)
-        measured.update(tolerance)
-        return values, tolerance
-
+    measured, original = [], parity.measure
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parity, "measure", measure)
-        return parity.check(str(REFERENCE / f"{name}.npz")), measured
+        patch.setattr(parity, "measure", lambda observe: measured.append(original(observe)) or measured[0])
+        return parity.check(str(REFERENCE / f"{name}.npz")), measured[0][1]
 
 
 def failures(name: str, *options, path: Path | None = None) -> list:
@@ -92,62 +87,30 @@ def test_notices_a_wrong_number(tmp_path, name, array):
     assert failures(name, path=tmp_path / "wrong.npz")
 
 
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
-
-
 @pytest.mark.parametrize(("precision", "device"), [
-    ("bf16", "cpu"), *(pytest.param(precision, "cuda:0", marks=GPU) for precision in ("bf16", "tf32", "fp32"))])
+    ("bf16", "cpu"), *(pytest.param(precision, "cuda:0", marks=on_gpu) for precision in ("bf16", "tf32", "fp32"))])
 def test_other_precisions_and_devices_agree_within_their_rounding(precision, device):
     assert failures("multitask", precision, False, device) == []
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    (["--precision", "tf32"], "tf32 is NVIDIA GPUs'"),
-    (["--device", "quantum"], "Device 'quantum' is not on this machine"),
-])
-def test_refuses_what_the_device_cannot_do(capsys, options, message):
-    try:
-        code = parity.main([*options, str(REFERENCE / "units.npz")])
-    except SystemExit as error:
-        code = error.code
-    assert code == 2 and message in capsys.readouterr().err
-
-
-def agent_with(change: Callable[[str], str]) -> types.ModuleType:
-    """The module brc_sac with a change to its text."""
+@pytest.mark.parametrize("precision, formula", [
+    *(("fp32", formula) for formula in WRONG_FORMULAS),
+    *(("bf16", formula) for formula in ("discount", "minimum over critics, actor", "mean of logits"))])
+def test_notices_a_wrong_formula(monkeypatch, precision, formula):
+    name, *change = WRONG_FORMULAS[formula]
+    right(name)
     text = (ROOT / "brc_sac.py").read_text()
-    assert change(text) != text, "brc_sac.py no longer has what is to be changed: adapt this test"
+    altered = change[0](text) if callable(change[0]) else text.replace(*change)
+    assert altered != text, "brc_sac.py no longer has what is to be changed: adapt this test"
     module = types.ModuleType("altered_brc_sac")
     module.__file__ = str(ROOT / "brc_sac.py")
-    sys.modules[module.__name__] = module  # dataclasses look themselves up there
-    exec(compile(change(text), "brc_sac.py with a change", "exec"), module.__dict__)
-    return module
-
-
-@pytest.mark.parametrize("precision, formula", [
-    *(("fp32", formula) for formula in WRONG_FORMULAS), ("bf16", "discount"), ("bf16", "minimum over critics, actor"),
-    ("bf16", "mean of logits, not of probabilities"),
-])
-def test_notices_a_wrong_formula(monkeypatch, precision, formula):
-    name, old, new = WRONG_FORMULAS[formula]
-    right(name)
-    monkeypatch.setattr(parity, "brc_sac", agent_with(lambda text: text.replace(old, new)))
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # dataclasses look themselves up there
+    exec(compile(altered, "brc_sac.py with a change", "exec"), module.__dict__)
+    monkeypatch.setattr(parity, "brc_sac", module)
     assert failures(name, precision)
 
 
-# Of Agent.update: its steps are 0 critic, 1 Polyak, 2 actor.
-@pytest.mark.parametrize("order", [(1, 0, 2), (2, 0, 1), (0, 2, 1)])
-def test_notices_another_order_of_the_steps(monkeypatch, order):
-    def reordered(text: str) -> str:
-        before, *steps, after = re.split(r"(?m)^(?=        # (?:1-3|4|5|6): )", text)
-        return "".join([before, *(steps[number] for number in order), after])
-
-    right("singletask")
-    monkeypatch.setattr(parity, "brc_sac", agent_with(reordered))
-    assert failures("singletask")
-
-
-def test_exit_codes(tmp_path, capsys):
+def test_exit_codes_and_sentences(tmp_path, capsys):
     arrays = dict(np.load(REFERENCE / "normalizer.npz"))
     np.savez(tmp_path / "wrong.npz", **arrays | {"returns_max": arrays["returns_max"] * 1.001})
     np.savez(tmp_path / "lacking.npz", **{name: x for name, x in arrays.items() if name != "masks"})
@@ -162,3 +125,8 @@ def test_exit_codes(tmp_path, capsys):
         assert parity.main([str(tmp_path / f"{name}.npz")]) == 2
         out, err = capsys.readouterr()
         assert out == "" and err.startswith("parity: ") and err.count("\n") == 1 and name in err
+    assert parity.main(["--device", "quantum", str(REFERENCE / "units.npz")]) == 2
+    assert "Device 'quantum' is not on this machine" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        parity.main(["--precision", "tf32", str(REFERENCE / "units.npz")])
+    assert "tf32 is NVIDIA GPUs'" in capsys.readouterr().err

@@ -313,8 +313,7 @@ QUOTA, PERIOD = "cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"
     ("0::/../elsewhere", {"cpu.max": "200000 100000"}, 2),
     ("3:memory:/a\n2:cpu,cpuacct:/", {QUOTA: "-1", PERIOD: "9"}, 8),
     ("2:cpuacct,cpu:/pod\n0::/", {QUOTA: "300", PERIOD: "200"}, 2),
-    ("2:cpuset:/pod", {QUOTA: "300", PERIOD: "200"}, 8),
-])
+    ("2:cpuset:/pod", {QUOTA: "300", PERIOD: "200"}, 8)])
 def test_num_cores_respects_a_container_s_limit(tmp_path, monkeypatch, membership, files, expected):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     files = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
