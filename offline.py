@@ -81,7 +81,8 @@ def resolve(args: Args) -> Args:
         raise UsageError("No --data was given: name run directories, or folders of TD-MPC2's chunk_*.pt.")
     for path, is_published in zip(args.data, published):
         if not is_published and not (Path(path) / "args.json").exists():
-            raise UsageError(f"{path} holds neither a run (args.json) nor files of TD-MPC2's (chunk_*.pt).")
+            moved = ": if it has moved, give --data beside --resume" if args.resume else ""
+            raise UsageError(f"{path} holds neither a run (args.json) nor files of TD-MPC2's (chunk_*.pt){moved}.")
     if len({Path(path).resolve() for path in args.data}) < len(args.data):
         raise UsageError("--data names a directory twice, whose transitions would count twice: name each once.")
     if len(set(published)) > 1:

@@ -1,5 +1,6 @@
 """What a reader of transitions yields."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from suites.base import UsageError
@@ -8,6 +9,7 @@ from suites.base import UsageError
 class Episodes(NamedTuple):
     """E episodes of one task with T transitions in all, one after another: tensors on the host."""
 
+    path: Path  # where they are from, for messages
     task: str
     obs: Any  # [T, O]
     action: Any  # [T, A]
@@ -26,10 +28,15 @@ def fit(episodes: Episodes, own: tuple[int, int], widths: tuple[int, int]) -> Ep
     from torch.nn.functional import pad
 
     found = episodes.obs.shape[1], episodes.action.shape[1]
-    if found[0] < own[0] or found[1] < own[1] or episodes.obs[:, own[0] :].any():
+    if found[0] < own[0] or found[1] < own[1]:
         raise UsageError(
-            f"The data of {episodes.task} have {found[0]} numbers in an observation and {found[1]} in an action, and "
-            f"are not of that task, which has {own[0]} and {own[1]}."
+            f"{episodes.path} has {found[0]} numbers in an observation of {episodes.task} and {found[1]} in an action: "
+            f"these are not of that task, which has {own[0]} and {own[1]}."
+        )
+    if episodes.obs[:, own[0] :].any() or episodes.last_obs[:, own[0] :].any():
+        raise UsageError(
+            f"{episodes.path} has an observation of {episodes.task} with other numbers than 0 after its first "
+            f"{own[0]}, which are all that the task has: leave the task out, or give data of this version of it."
         )
     obs, last_obs = (pad(values, (0, widths[0] - found[0])) for values in (episodes.obs, episodes.last_obs))
     return episodes._replace(obs=obs, last_obs=last_obs, action=pad(episodes.action, (0, widths[1] - found[1])))

@@ -24,14 +24,20 @@ class Transitions:
         """
         widths, num_rows = (envs.obs_dim, envs.act_dim), sum(source.rows for source in sources)
         self.fields = (*widths, 1, 1)  # of a row: obs, action, reward, terminated
-        size, more = 4 * num_rows * (sum(self.fields) + 2), max(source.nbytes for source in sources)
-        print(f"{sum(source.transitions for source in sources):,} transitions of {len(envs.tasks)} tasks: "
-              f"{size / 1e9:.2f} GB on {device}, and up to {more / 1e9:.2f} GB more while they are read", flush=True)
+        count = [sum(source.transitions.get(task, 0) for source in sources) for task in envs.tasks]
+        size = 4 * num_rows * sum(self.fields) + 8 * sum(count)
+        # A block is there three times here, padded, joined and as rows, beside the places of its transitions.
+        more = max(source.nbytes + source.block * (12 * sum(self.fields) + 24) for source in sources)
+        print(f"{sum(count):,} transitions of {len(envs.tasks)} tasks: {size / 1e9:.3f} GB on {device}, and on the "
+              f"host up to {more / 1e9:.3f} GB more while they are read", flush=True)
         self.rows, stop, self.fingerprint = torch.empty(num_rows, sum(self.fields), device=device), 0, 0
-        places: list[list[Tensor]] = [[] for _ in envs.tasks]  # the rows of each task that are transitions
-        for episodes in (episodes for source in sources for episodes in source.read()):
+        self.place = torch.empty(sum(count), dtype=torch.int64, device=device)  # the rows that are transitions
+        self.count = torch.tensor(count, device=device)  # [N]
+        self.first = self.count.cumsum(0) - self.count  # [N] where in `place` a task's begin
+        own, filled = dict(zip(envs.tasks, zip(envs.obs_dims, envs.act_dims))), self.first.tolist()
+        for episodes in (episodes for source in sources for episodes in source.read(own)):
             task = envs.tasks.index(episodes.task)
-            episodes = fit(episodes, (envs.obs_dims[task], envs.act_dims[task]), widths)
+            episodes = fit(episodes, own[episodes.task], widths)
             place = torch.arange(len(episodes.obs)) + torch.repeat_interleave(episodes.lengths)
             rows = torch.zeros(len(place) + len(episodes.lengths), sum(self.fields))
             rows[place] = torch.cat([episodes.obs, episodes.action, episodes.reward.unsqueeze(-1),
@@ -40,12 +46,10 @@ class Transitions:
             for part in (episodes.task.encode(), episodes.lengths.numpy(), rows.numpy()):
                 self.fingerprint = zlib.crc32(part, self.fingerprint)
             self.rows[stop:stop + len(rows)] = rows.to(device)
-            places[task].append(stop + place)
+            self.place[filled[task]:filled[task] + len(place)] = (stop + place).to(device)
+            filled[task] += len(place)
             stop += len(rows)
             observe(task, episodes)
-        self.place = torch.cat([place for of_task in places for place in of_task]).to(device)
-        self.count = torch.tensor([sum(map(len, of_task)) for of_task in places], device=device)  # [N]
-        self.first = self.count.cumsum(0) - self.count  # [N] where in `place` a task's begin
 
     def sample(self, batch_size: int) -> Batch:
         """A batch with raw rewards, uniform over tasks and over the transitions of each."""

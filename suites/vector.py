@@ -278,10 +278,10 @@ class VectorEnv:
 
     tasks: N task names. workers: number of worker processes, 0 steps in this one, None is by the cores. render: make
     `render()` possible, which steps in this one as well. make: `make(task, seed, render_mode=...)`, instead of
-    `suites.make`; workers import it by its name. pad_to: least O and A. rows: the row of each task in the whole run, by
-    default 0 to N - 1, for processes that share a run's tasks, and agree: what makes O and A the same in all of them.
-    goals: as for `suites.make`; "frozen" makes every environment with `seed` itself, as the authors do, and so with
-    their goals.
+    `suites.make`, for tasks of the suites or of its own; workers import it by its name. pad_to: least O and A. rows:
+    the row of each task in the whole run, by default 0 to N - 1, for processes that share a run's tasks, and agree:
+    what makes O and A the same in all of them. goals: as for `suites.make`; "frozen" makes every environment with
+    `seed` itself, as the authors do, and so with their goals.
 
     Raises SuiteError, before anything is made, for what is missing here or cannot be drawn. Every method raises EnvError
     where an environment or a worker fails; the vector environment is closed then.
@@ -301,10 +301,12 @@ class VectorEnv:
     ):
         self.tasks, self.num_envs = tuple(tasks), len(tasks)
         workers = 0 if render else default_workers(tasks) if workers is None else workers
-        if make is None:
-            suites.check(self.tasks)
-            if render:
-                suites.check_rendering(self.tasks)
+        checked = self.tasks
+        if make:  # which may have tasks of its own
+            checked = tuple(task for task in tasks if any(module.owns(task) for module in suites.BENCHMARKS))
+        suites.check(checked)
+        if render:
+            suites.check_rendering(checked)
         self._rows = range(self.num_envs) if rows is None else rows
         seeds = [seed] * self.num_envs if goals == "frozen" else self._seeds(seed)
         options = {"render_mode": "rgb_array" if render else None} | ({} if goals == "fresh" else {"goals": goals})

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -100,10 +101,13 @@ def transitions(data: offline.Transitions, task: int) -> list[np.ndarray]:
 @pytest.mark.parametrize("options", [{}, {"last": 25}, {"last": 55}, {"steps": 86, "last": 50}, {"steps": 250}])
 def test_a_run(tmp_path, options):
     last = options.pop("last", None)
+    steps, kept = options.get("steps", 100), min(last or 100, options.get("steps", 100), 100)
     record = write_run(tmp_path / "run", **options)
     source = RunReplay(tmp_path / "run", None, last)
     data, _ = read([source], TASKS)
-    assert len(data.rows) >= sum(data.count) + len(TASKS) and source.transitions == sum(data.count)
+    ends = sum(stop % length == 0 for length in (30, 43) for stop in range(steps - kept + 1, steps + 1))
+    assert source.transitions == dict.fromkeys(TASKS, kept) and data.count.tolist() == [kept, kept]
+    assert len(data.rows) == 2 * kept + ends + sum(steps % length > 0 for length in (30, 43))
     for i, task in enumerate(TASKS):
         expected = record[task][-min(last or 100, 100):]
         for values, field in zip(transitions(data, i), zip(*expected)):
@@ -119,6 +123,27 @@ def test_runs_without_transitions_of_ours_are_refused(tmp_path):
         torch.save({"format": harness.FORMAT, "env_step": 1}, tmp_path / task / "checkpoint.pt")
         with pytest.raises(harness.UsageError, match=reason):
             RunReplay(tmp_path / task, None, None)
+    write_run(tmp_path / "unborn", steps=0)
+    (tmp_path / "several").mkdir()
+    (tmp_path / "several" / "args.json").write_text(json.dumps({"format": harness.FORMAT, "program": "transfer.py"}))
+    for name, reason in (("unborn", "holds no transitions yet"), ("several", "holds the runs of several tasks")):
+        with pytest.raises(harness.UsageError, match=f"{name} {reason}"):
+            RunReplay(tmp_path / name, None, None)
+
+
+@pytest.mark.parametrize("name", ["rows", "last_obs", "end"])
+def test_of_a_damaged_replay_the_checkpoint_before_it_is_counted_and_read(tmp_path, capsys, name):
+    record = write_run(tmp_path / "before", steps=60)
+    write_run(tmp_path / "run", steps=100)  # the same, and 40 more
+    (tmp_path / "before" / "checkpoint.pt").rename(tmp_path / "run" / "checkpoint.previous.pt")
+    path = tmp_path / "run" / "replay" / f"{name}.bin"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    source = RunReplay(tmp_path / "run", None, None)
+    data, _ = read([source], TASKS)
+    assert source.transitions == dict.fromkeys(TASKS, 60) and len(data.rows) == 120 + 3 + 1
+    assert transitions(data, 0)[2].flatten().tolist() == [row[2] for row in record[TASKS[0]]]
+    said = capsys.readouterr().err
+    assert f"{name}.bin fail their checksum); reading what the checkpoint before it holds, of step 60" in said
 
 
 def test_runs_of_different_tasks_are_joined_by_name(tmp_path):
@@ -181,7 +206,7 @@ def test_max_transitions_are_drawn_evenly(tmp_path):
     for wanted in (50, 400, 1050, 10_000):
         source = tdmpc2.Dataset(tmp_path / "data", ("pendulum-swingup",), wanted)
         data, _ = read([source], source.tasks)
-        assert source.transitions == data.count.item() == min(wanted, 4200)
+        assert source.transitions["pendulum-swingup"] == data.count.item() == min(wanted, 4200)
         assert len(data.rows) == data.count + -(-min(wanted, 4200) // 100)
         found = transitions(data, 0)[2].flatten()
         drawn = [int((rewards[:, 0] == first).nonzero()) for first in found[::100]]
@@ -197,9 +222,19 @@ BAD = {
     "obs": ("observation that is not finite, in row 0 of episode 2", lambda chunk: chunk["obs"][2, 0].fill_(np.nan)),
     "nan": ("reward that is not finite, in row 100 of episode 1", lambda chunk: chunk["reward"][1, 100].fill_(np.nan)),
     "range": (r"outside \[-1, 1\], in row 3 of episode 0", lambda chunk: chunk["action"][0, 3, 5].fill_(-1.01)),
-    "task": ("task that is not 0 to 79, in row 0 of episode 1", lambda chunk: chunk["task"][1].fill_(80)),
+    "task": ("no whole number from 0 to 79, in row 0 of episode 1", lambda chunk: chunk["task"][1].fill_(80)),
+    "fraction": ("no whole number .* row 0 of episode 0", lambda chunk: chunk.update(task=chunk["task"] + 0.5)),
+    "bool": ("task as .*bool", lambda chunk: chunk.update(task=chunk["task"] > 0)),
+    "complex": ("obs as .*complex64", lambda chunk: chunk.update(obs=chunk["obs"].to(torch.complex64))),
+    "no tensor": ("obs as TensorDict", lambda chunk: chunk.update(obs=TensorDict({}, batch_size=(3, 101)))),
+    "padding": ("pendulum.* after its first 3, in row 0 of episode 2", lambda chunk: chunk["obs"][2, 0, 38].fill_(1)),
+    "last padding": ("after its first 5, in row 100 of episode 1", lambda chunk: chunk["obs"][1, 100, 5].fill_(1)),
+    "action": ("action .* after its first 1, in row 7 of episode 1", lambda chunk: chunk["action"][1, 7, 1].fill_(1)),
+    "none": ("all empty", lambda chunk: chunk.update({name: value[:0] for name, value in chunk.items()})),
     "mixed": ("another task .*, in row 50 of episode 1", lambda chunk: chunk["task"][1, 50:].fill_(8)),
-    "short": ("cannot be read", None),
+    "short": ("not a file of torch.save's, or cut short", lambda file: file[:-5000]),
+    "empty": ("not a file of torch.save's, or cut short", lambda file: b""),
+    "text": ("not a file of torch.save's, or cut short", lambda file: b"text"),
 }
 
 
@@ -207,13 +242,41 @@ BAD = {
 def test_bad_files_are_refused_with_file_and_place(tmp_path, what):
     chunk, = write_chunks(tmp_path, [[7, 10, 7]])
     path, (message, damage) = tmp_path / "chunk_0.pt", BAD[what]
-    if damage:
-        damage(chunk)
-        torch.save(TensorDict(chunk, batch_size=next(iter(chunk.values())).shape[:2]), path)
+    if isinstance(damaged := damage(chunk if what not in ("short", "empty", "text") else path.read_bytes()), bytes):
+        path.write_bytes(damaged)
     else:
-        path.write_bytes(path.read_bytes()[:-5000])
-    with pytest.raises(harness.UsageError, match=f"chunk_0.pt.*({message})"):
-        list(tdmpc2.Dataset(tmp_path).read())
+        torch.save(TensorDict(chunk, batch_size=chunk["action"].shape[:2]), path)
+    with pytest.raises(harness.UsageError, match=f"{tmp_path}.*({message})"):
+        list(tdmpc2.Dataset(tmp_path).read(SIZES))
+
+
+@pytest.mark.parametrize("held", [{3: torch.zeros(1)}, [1], {name: name for name in tdmpc2.FIELDS}, Path("object")])
+def test_files_of_other_things_are_refused_with_what_they_hold(tmp_path, held):
+    torch.save(held, tmp_path / "chunk_0.pt")
+    with pytest.raises(harness.UsageError, match="chunk_0.pt.*(no field|obs as str|holds a list|holds other things)"):
+        tdmpc2.Dataset(tmp_path)
+
+
+@pytest.mark.parametrize("field", ["obs", "last_obs"])
+def test_padding_of_a_run_that_is_not_zero_is_refused(tmp_path, monkeypatch, field):
+    write_run(tmp_path / "run")
+    episodes = list(RunReplay(tmp_path / "run", None, None).read(SIZES))
+    getattr(episodes[0], field)[-1, 3] = 1
+    source = SimpleNamespace(rows=300, block=0, nbytes=0, transitions={}, read=lambda own: episodes)
+    with pytest.raises(harness.UsageError, match="run has an observation of pendulum-swingup .* after its first 3"):
+        read([source], TASKS)
+
+
+def test_the_memory_said_before_it_is_taken(tmp_path, capsys):
+    write_chunks(tmp_path / "data", [[7] * 300] * 2)
+    write_run(tmp_path / "run")
+    sources = [RunReplay(tmp_path / "run", None, None), tdmpc2.Dataset(tmp_path / "data")]
+    data, _ = read(sources, TASKS)
+    said, more = re.findall(r": ([\d.]+) GB on cpu, and .* up to ([\d.]+) GB more", capsys.readouterr().out)[0]
+    assert float(said) == pytest.approx((data.rows.nbytes + data.place.nbytes) / 1e9, abs=6e-4)
+    file = (tmp_path / "data" / "chunk_0.pt").stat().st_size
+    assert 1e9 * float(more) > sources[1].nbytes > file + 3 * 300 * 100 * 4 * 47
+    assert sources[0].nbytes > 2 * 100 * (4 * 8 + 4) + 100 * 4 * 8  # the ring, and a task's copy
 
 
 def test_evaluation_repeats_actions():
@@ -290,6 +353,8 @@ def test_kill_and_resume(program):
             for name in ("whole", "killed")]
     assert rows[0] == rows[1] and {row.split(",")[3] for row in rows[0][1:]} == {"200", "300"}
 
+    (folder / "source").rename(folder / "moved")
+    assert program.refused("--resume killed").endswith(": if it has moved, give --data beside --resume.")
     write_run(folder / "other", seed=1)
     assert "not the transitions with which" in program.refused("--resume killed --data other --updates 400")
     assert program.run("--evaluate killed --eval-episodes 2") == 0, program.err
@@ -306,7 +371,7 @@ def test_published_files_end_to_end(program):
         assert json.loads((program.folder / name / "args.json").read_text())["action_repeat"] == 2
 
 
-def test_what_cannot_be_learned_from_is_refused_in_one_sentence(program):
+def test_what_cannot_be_learned_from_is_refused_in_one_sentence(program, monkeypatch):
     write_chunks(program.folder / "mt80", [[7]])
     bad, = write_chunks(program.folder / "bad", [[7]])
     bad["reward"][0, 1] = np.inf
@@ -316,3 +381,7 @@ def test_what_cannot_be_learned_from_is_refused_in_one_sentence(program):
             ("bad", "chunk_0.pt"), ("source mt80", "cannot be joined"), ("nothing", "neither a run"),
             ("mt80 --tasks reach", "no transitions of reach"), ("mt80 --last 5", "--last is for runs")):
         assert reason in program.refused(f"--data {arguments} {FLAGS}")
+    monkeypatch.setenv("MUJOCO_GL", "off")  # before anything is created
+    for source in ("source", "mt80"):
+        assert "can be drawn" in program.refused(f"--data {source} --updates 40 {FLAGS} --capture-video --run-dir run")
+        assert not (program.folder / "run").exists()
