@@ -489,7 +489,7 @@ def read_checkpoint(run_dir: Path, buffer: Any = None, goes_on: bool = False, at
             failures.append(f"{path} is missing or cannot be used ({error})")
             continue
         if failures:
-            print(f"{failures[0]}; going on from {path} at step {state['env_step']:,}.", file=sys.stderr)
+            print(f"{failures[0]}; {path.name}, of step {state['env_step']:,}, takes its place.", file=sys.stderr)
             if goes_on:  # so that the next checkpoint does not push this one out for the damaged one
                 with contextlib.suppress(OSError):  # a read-only disk
                     os.replace(path, paths[0])

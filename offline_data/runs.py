@@ -1,12 +1,8 @@
 """The replays of runs of brc_sac.py."""
 
-import contextlib
-import io
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,16 +30,14 @@ class RunReplay:
         self.parts, self.transitions, self.rows, self.block, self.nbytes = [], {}, 0, 0, 0
         for rank in range(size := facts.get("ranks", 1)):  # those of torchrun had a share of the tasks each
             folder, names = run_dir / f"rank{rank}" if rank else run_dir, args.tasks[rank::size]
-            state, _ = read_checkpoint(folder)
+            state = harness.read_checkpoint(folder)
             if "buffer" not in state:
                 raise UsageError(f"{folder} holds no replay: give runs of brc_sac.py.")
-            sizes = sizes if rank else state["agent"]["sizes"][:2]
+            if not rank:
+                *sizes, _, _ = state["agent"]["sizes"]
             room = int(min(last or math.inf, state["buffer"]["steps"] - state["buffer"]["oldest"]))
             census = Census(len(names), *sizes, room)
-            state, failure = read_checkpoint(folder, census)
-            if failure:
-                print(f"{failure}; reading what the checkpoint before it holds, of step {state['env_step']:,}.",
-                      file=sys.stderr)
+            state = harness.read_checkpoint(folder, census)
             steps = kept(census)
             if not len(steps):
                 raise UsageError(f"{folder} holds no transitions yet: give a run that has made steps.")
@@ -93,10 +87,3 @@ def kept(buffer: brc_sac.ReplayBuffer) -> Tensor:
     """The rows of the steps in a replay that has been read, in order."""
     buffer.end_episodes(np.array([], int))  # gives up what a smaller ring has no last observations for
     return torch.arange(buffer.oldest, buffer.steps) % len(buffer.rows)
-
-
-def read_checkpoint(folder: Path, buffer: Any = None) -> tuple[dict, str]:
-    """The newest checkpoint whose files are sound, and what is wrong with the one after it; nothing goes on from it."""
-    with contextlib.redirect_stderr(io.StringIO()) as said:
-        state = harness.read_checkpoint(folder, buffer)
-    return state, said.getvalue().rpartition("; ")[0]

@@ -4,7 +4,6 @@ import zlib
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from brc_sac import Batch, VectorEnv
 from offline_data.episodes import Episodes, fit

@@ -283,8 +283,8 @@ class VectorEnv:
     what makes O and A the same in all of them. goals: as for `suites.make`; "frozen" makes every environment with
     `seed` itself, as the authors do, and so with their goals.
 
-    Raises SuiteError, before anything is made, for what is missing here or cannot be drawn. Every method raises EnvError
-    where an environment or a worker fails; the vector environment is closed then.
+    Raises SuiteError, before anything is made, for what is missing here or cannot be drawn. Every method raises
+    EnvError where an environment or a worker fails; the vector environment is closed then.
     """
 
     def __init__(

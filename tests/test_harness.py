@@ -204,7 +204,7 @@ def test_a_damaged_file_falls_back_to_the_previous_checkpoint(sac, finished, dam
         else:
             assert len(sac.module.train(sac.resumed(args))) == 2  # evaluated again, as another agent
             message = capsys.readouterr().err
-            assert f"going on from {run_dir(args)}/checkpoint.previous.pt at step 60." in message
+            assert "checkpoint.previous.pt, of step 60, takes its place." in message
         assert saved(args)["env_step"] == 80 and steps_of(args) == [20, 40, 60, 80], path
     sac.module.train(sac.resumed(args, total_steps=100))
     assert steps_of(args) == [20, 40, 60, 80, 100]

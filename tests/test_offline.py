@@ -143,7 +143,7 @@ def test_of_a_damaged_replay_the_checkpoint_before_it_is_counted_and_read(tmp_pa
     assert source.transitions == dict.fromkeys(TASKS, 60) and len(data.rows) == 120 + 3 + 1
     assert transitions(data, 0)[2].flatten().tolist() == [row[2] for row in record[TASKS[0]]]
     said = capsys.readouterr().err
-    assert f"{name}.bin fail their checksum); reading what the checkpoint before it holds, of step 60" in said
+    assert f"{name}.bin fail their checksum); checkpoint.previous.pt, of step 60, takes its place" in said
 
 
 def test_runs_of_different_tasks_are_joined_by_name(tmp_path):
