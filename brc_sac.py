@@ -872,7 +872,8 @@ def evaluate_run(args: Args) -> list[dict]:
     """--evaluate: prints the table of tasks for a run's last checkpoint, with or without its replay."""
     saved, run_dir = harness.read_checkpoint(Path(args.evaluate)), Path(args.evaluate)
     args = dataclasses.replace(args, compile=False)
-    agent = Agent(args, *saved["agent"]["sizes"], devices.choose_device(args.device, args.threads))
+    threads = args.threads or (None if "OMP_NUM_THREADS" in os.environ else 1)  # acting is too little work for more
+    agent = Agent(args, *saved["agent"]["sizes"], devices.choose_device(args.device, threads))
     agent.load_state_dict(saved["agent"])
     envs = VectorEnv(args.tasks, args.seed + 42, args.workers, args.capture_video, pad_to=agent.sizes[:2],
                      goals=args.goals)

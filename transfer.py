@@ -349,7 +349,7 @@ def trial(pretrained: Pretrained, run: harness.Run, agent: Any, name: str, norma
         if step.terminated[0] or step.truncated[0]:
             episodes, running = [*episodes, running], (0.0, np.nan)
         obs = step.obs
-        run.bar.step(learning=pretrained.args.label == "embedding-select")  # whose steps are all of this kind
+        run.step(learning=pretrained.args.label == "embedding-select")  # whose steps are all of this kind
     envs.close()
     result = suites.mean_episode(task, episodes or [running])
     print(f"{task} with {name}'s embedding: score {result['score']:.3f}, return {result['return']:.1f}", flush=True)

@@ -1,14 +1,17 @@
 """pretrained/: small, and of use for what its README says, and for nothing else."""
 
+import dataclasses
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
 import brc_sac
+import devices
 import harness
 from benchmarks import slim
 
@@ -59,3 +62,18 @@ def test_a_slim_run_has_the_networks_of_the_whole_one(tmp_path, monkeypatch):
 def test_another_script_is_told_whose_it_is():
     process = run("transfer.py", "model", "--resume", AGENT)
     assert process.returncode == 2 and "is a run of brc_sac.py" in process.stderr, process.stderr
+
+
+@pytest.mark.parametrize(("environment", "given", "threads"), [(None, None, 1), ("2", None, None), (None, 3, 3)])
+def test_an_evaluation_alone_takes_one_thread_unless_it_is_told(monkeypatch, environment, given, threads):
+    """Beside other programs two threads took more than six times as long: they wait for each other at every layer."""
+    asked = []
+    monkeypatch.setattr(devices, "choose_device", lambda name, number: asked.append(number) or torch.device("cpu"))
+    monkeypatch.setattr(brc_sac, "VectorEnv", lambda *inputs, **options: types.SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(brc_sac, "evaluate", lambda *inputs: ([{"return": 0.0, "score": 0.0}] * 7, []))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if environment:
+        monkeypatch.setenv("OMP_NUM_THREADS", environment)
+    args, _ = harness.read_args(AGENT, brc_sac.Args)
+    brc_sac.evaluate_run(dataclasses.replace(args, evaluate=str(AGENT), threads=given))
+    assert asked == [threads]
