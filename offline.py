@@ -38,7 +38,7 @@ class Args:
     max_transitions: int | None = None  # per task, drawn evenly from each folder of TD-MPC2's; default all
     tasks: tuple[str, ...] | None = None  # tasks to learn; default all that the data hold
     updates: int = 1_000_000  # gradient updates
-    bc_weight: float = 0.01  # of the cloning term, the same for all tasks; see docs/choices.md
+    bc_weight: float = 0.1  # of the cloning term, the same for all tasks; see docs/choices.md
     bc_only: bool = False  # clone the data's actions and learn no values
     # As in brc_sac.py, whose help has their sources; what counts environment steps there counts updates here.
     variant: Literal["paper", "release"] = "paper"  # where paper and release differ; see docs/choices.md
