@@ -1,21 +1,14 @@
 #!/usr/bin/env bash
 # Finds the weight of offline.py's cloning term, and sets BRC+BC beside cloning alone and beside learning online.
 #
-#     benchmarks/offline.sh weights [DIR]      seed 0: an online run, then a weight after the other on its whole replay
 #     benchmarks/offline.sh seed S [DIR]       online, BRC+BC and cloning; data: the whole replay, and its last fifth
+#     benchmarks/offline.sh weights S [DIR]    online, and other weights of the cloning term
 #
 # Stopped, it goes on when it is called again. An offline run makes as many updates as the online run whose replay it
 # learns from. Results: DIR/*/metrics.csv; benchmarks/report.py draws and tabulates them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-what=$1
-if [ "$what" = seed ]; then
-    seed=$2
-    shift
-else
-    seed=0
-fi
-out=${2:-runs/offline}
+what=$1 seed=$2 out=${3:-runs/offline}
 python=${PYTHON:-python}
 steps=${STEPS:-12000} start=1000
 updates=$((2 * (steps - start)))
@@ -45,15 +38,15 @@ offline() { # NAME ARGUMENTS...: a run of offline.py on this seed's replay
 
 run "online-$seed" brc_sac.py --tasks drawer-close door-close cartpole-balance walker-stand $sizes \
     --learning-starts $start --total-steps "$steps" --eval-interval $(((steps - start) / 4)) --exp-name online
+fifth="--last $((steps / 5))"
 if [ "$what" = weights ]; then
-    for weight in 0 0.01 0.1 1; do
-        offline "weight-$weight" --bc-weight $weight
+    for weight in 0 0.01 1; do
+        offline "weight-$weight-whole" --bc-weight $weight
     done
+    offline weight-0.01-last-fifth --bc-weight 0.01 $fifth
 else
-    for data in whole last-fifth; do
-        last=$([ $data = whole ] || echo "--last $((steps / 5))")
-        offline "cloning-$data" $last --bc-only
-        offline "no-cloning-$data" $last --bc-weight 0
-        offline "brc-bc-$data" $last
-    done
+    offline brc-bc-whole
+    offline cloning-whole --bc-only
+    offline brc-bc-last-fifth $fifth
+    offline cloning-last-fifth --bc-only $fifth
 fi
