@@ -208,7 +208,7 @@ class Scripted(Pendulum):
     ((290, 99), 290), ((150, 150, 99), 150), ((100, 150, 99), 125), ((1000,), 300)])
 def test_a_trial_does_not_rank_a_cut_off_episode_against_whole_ones(monkeypatch, lengths, expected):
     source = SimpleNamespace(args=transfer.Args("embedding", transitions_per_candidate=300), space=(39, 4))
-    run = SimpleNamespace(args=SimpleNamespace(tasks=("walker-walk",), seed=0, goals="fresh"), stop=0, bar=mock.Mock())
+    run = SimpleNamespace(args=SimpleNamespace(tasks=("walker-walk",), seed=0, goals="fresh"), stop=0, step=mock.Mock())
     agent, env = SimpleNamespace(device="cpu", act=lambda obs, noise: torch.zeros(1, 4)), Scripted()
     env.lengths = iter(lengths)
     monkeypatch.setattr(suites, "make", lambda *args, **options: env)
