@@ -21,6 +21,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -42,7 +43,7 @@ BUSY = "import os; os.nice({nice})\nwhile True: pass"
 
 @dataclass(frozen=True)
 class Args:
-    cases: tuple[str, ...] = tuple(CASES)
+    cases: tuple[Literal["demo", "mw-256", "mw-512", "mw-1024"], ...] = tuple(CASES)
     """What to train: the demo, or MetaWorld-50 at a width."""
     steps: int = 40
     """Steps to time in each situation; the median counts."""
