@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +17,8 @@ import torch.multiprocessing as multiprocessing
 
 import brc_sac
 import devices
-from conftest import checkpoint
+from conftest import ROOT, SMALL, Program, at_step, checkpoint
 
-ROOT = Path(brc_sac.__file__).parent
 TASKS = ("cartpole-swingup", "reacher-easy", "ball_in_cup-catch")
 SIZES = dict(width=16, actor_width=16, batch_size=32, embedding_norm="l1")
 
@@ -77,7 +78,8 @@ def test_ranks_add_up_to_one_process(tmp_path, num_tasks):
     alone = make_agent(num_tasks)
     alone.update(*make_batch(tasks))
     expected = gradients(alone)
-    multiprocessing.spawn(update_as_rank, (free_port(), tasks, num_tasks, str(tmp_path)), nprocs=2)
+    multiprocessing.start_processes(update_as_rank, (free_port(), tasks, num_tasks, str(tmp_path)), nprocs=2,
+                                    start_method="fork")
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert (first["gradients"] - expected).norm() < 1e-6 * expected.norm()
     assert torch.equal(first["parameters"], second["parameters"])
@@ -101,17 +103,57 @@ def test_trajectories_do_not_depend_on_the_number_of_ranks():
         np.testing.assert_array_equal(rollout(rank, 2), together[rank::2])
 
 
-def torchrun(*arguments: str, size: int = 2) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size), "--master-port",
-               str(free_port()), str(ROOT / "brc_sac.py"), *arguments]
-    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, start_new_session=True)
+class Ranks:
+    """Forked processes with the environment that torchrun gives its own, on toy tasks, each with output of its own."""
+
+    def __init__(self, sac: Program, size: int):
+        self.programs, self.port = [Program(sac.module, sac.folder / f"rank{rank}") for rank in range(size)], free_port()
+        for program in self.programs:
+            program.folder.mkdir(exist_ok=True)
+
+    def run(self, arguments: str, prepare: Callable[[int], object] = lambda rank: None) -> list[int]:
+        """Their exit codes, or minus the signals that ended them."""
+        def as_rank(rank: int) -> None:
+            size = str(len(self.programs))
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size,
+                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.port)}
+            prepare(rank)
+
+        started = [program.start(arguments, partial(as_rank, rank)) for rank, program in enumerate(self.programs)]
+        return [program.wait(process) for program, process in zip(self.programs, started, strict=True)]
 
 
-def arguments(run_dir: Path, total_steps: int) -> list[str]:
-    return ["--tasks", *TASKS, "--width", "16", "--actor-width", "16", "--batch-size", "24", "--total-steps",
-            str(total_steps), "--learning-starts", "20", "--eval-interval", "100", "--eval-episodes", "1",
-            "--checkpoint-interval", "20", "--workers", "0", "--no-compile", "--run-dir", str(run_dir)]
+def test_a_signal_to_one_rank_stops_all_and_they_go_on_together(sac):
+    run_dir, ranks = sac.folder / "run", Ranks(sac, 2)
+    codes = ranks.run(f"{SMALL['brc_sac']} --run-dir {run_dir}",
+                      lambda rank: rank and at_step(45, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    first, second = ranks.programs
+    assert codes == [128 + signal.SIGTERM] * 2, second.err
+    assert "Stopped by SIGTERM" in first.err and "torchrun --nproc-per-node 2 brc_sac.py --resume" in first.err
+    assert checkpoint(run_dir)["env_step"] == checkpoint(run_dir / "rank1")["env_step"] > 40
+    assert json.loads((run_dir / "args.json").read_text())["ranks"] == 2
+    assert "is a run of 2 processes" in sac.refused(f"--resume {run_dir}")
+
+    (run_dir / "rank1/checkpoint.pt").unlink()  # then both take the one before
+    assert ranks.run(f"--resume {run_dir}") == [0, 0], second.err
+    assert json.loads((run_dir / "args.json").read_text())["resumed"][-1]["env_step"] == 40
+    rows = [row.rsplit(",", 1)[0] for row in (run_dir / "metrics.csv").read_text().splitlines()[1:]]
+    metrics, evaluations = ("return", "success", "score"), (20, 40, 60, 80)
+    assert len(rows) == len(set(rows)) == len(metrics) * len(evaluations) * 3
+
+
+def test_the_death_of_a_rank_ends_the_other(sac):
+    first, second = Ranks(sac, 2).run(f"{SMALL['brc_sac']} --run-dir {sac.folder / 'run'}", lambda rank: rank and
+                                      at_step(45, lambda: os.kill(os.getpid(), signal.SIGKILL)))
+    assert first > 0 and second == -signal.SIGKILL
+    assert checkpoint(sac.folder / "run")["env_step"] == 40
+
+
+def test_more_processes_than_tasks_are_refused(sac):
+    ranks = Ranks(sac, 3)
+    assert ranks.run(f"{SMALL['brc_sac']} --run-dir {sac.folder / 'run'}") == [2, 2, 2]
+    assert "torchrun has started 3 processes for 2 tasks" in "".join(rank.err for rank in ranks.programs)
+    assert not (sac.folder / "run").exists()
 
 
 def processes(run_dir: Path) -> list[int]:
@@ -125,50 +167,25 @@ def processes(run_dir: Path) -> list[int]:
     return sorted(found)
 
 
-def wait_for(condition, process: subprocess.Popen) -> None:
-    while not condition():
+@pytest.mark.skipif(sys.platform != "linux", reason="finds its processes in /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_torchrun_itself_ends_with_a_rank_that_is_told_to_stop_or_dies(tmp_path, number):
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
+               str(free_port()), ROOT / "brc_sac.py", "--tasks", *TASKS, "--width", "16", "--actor-width", "16",
+               "--batch-size", "24", "--total-steps", "100000", "--learning-starts", "20", "--eval-interval", "100000",
+               "--checkpoint-interval", "20", "--workers", "0", "--no-compile", "--run-dir", run_dir]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               start_new_session=True)
+    while not (run_dir / "checkpoint.pt").exists() or not (run_dir / "rank1/checkpoint.pt").exists():
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.1)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="finds its processes in /proc")
-def test_stop_resume_and_death(tmp_path):
-    run_dir = tmp_path / "run"
-    process = torchrun(*arguments(run_dir, 100_000))
-    awaited = run_dir / "checkpoint.pt", run_dir / "rank1/checkpoint.previous.pt"
-    wait_for(lambda: all(path.exists() for path in awaited), process)
-    os.kill(processes(run_dir)[-1], signal.SIGTERM)  # one of the ranks alone
+    os.kill(processes(run_dir)[-1], number)
     output, _ = process.communicate(timeout=120)
-    assert "Stopped by SIGTERM" in output and f"torchrun --nproc-per-node 2 {ROOT / 'brc_sac.py'} --resume" in output
-    step, other = (checkpoint(folder)["env_step"] for folder in (run_dir, run_dir / "rank1"))
-    assert step == other and not processes(run_dir)
-    assert json.loads((run_dir / "args.json").read_text())["ranks"] == 2
-
-    alone = subprocess.run([sys.executable, str(ROOT / "brc_sac.py"), "--resume", str(run_dir)], capture_output=True,
-                           text=True, cwd=ROOT)
-    assert alone.returncode == 2 and "is a run of 2 processes" in alone.stderr
-
-    (run_dir / "rank1/checkpoint.pt").unlink()  # then both take the one before
-    previous = checkpoint(run_dir / "rank1", "checkpoint.previous.pt")["env_step"]
-    last = (previous // 100 + 1) * 100
-    process = torchrun("--resume", str(run_dir), "--total-steps", str(last))
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    assert json.loads((run_dir / "args.json").read_text())["resumed"][-1]["env_step"] == previous
-    rows = (run_dir / "metrics.csv").read_text().splitlines()[1:]
-    assert len(rows) == len(set(row.rsplit(",", 1)[0] for row in rows))
-    assert sum(f",{last}," in row for row in rows) == 2 * (len(TASKS) + 1)
-
-    process = torchrun("--resume", str(run_dir), "--total-steps", "100000")
-    wait_for(lambda: checkpoint(run_dir)["env_step"] > last, process)
-    os.kill(processes(run_dir)[-1], signal.SIGKILL)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode and "rank" in output and "-9" in output
-    assert not processes(run_dir)
-
-
-def test_more_processes_than_tasks_are_refused(tmp_path):
-    process = torchrun(*arguments(tmp_path / "run", 100), size=4)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode and "torchrun has started 4 processes for 3 tasks" in output
-    assert not (tmp_path / "run").exists()
+    assert process.returncode and not processes(run_dir)
+    if number == signal.SIGKILL:
+        assert "rank" in output and "-9" in output
+    else:
+        assert f"To go on: torchrun --nproc-per-node 2 {ROOT / 'brc_sac.py'} --resume {run_dir}" in output
+        step, other = (checkpoint(folder)["env_step"] for folder in (run_dir, run_dir / "rank1"))
+        assert step == other
