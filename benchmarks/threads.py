@@ -123,7 +123,7 @@ def main(args: Args) -> None:
     if os.environ.get("OMP_NUM_THREADS"):
         raise harness.UsageError("OMP_NUM_THREADS is set, and leaves nothing to choose: start this without it.")
     if args.rehearse:
-        args = dataclasses.replace(args, steps=10, seconds=0.1)
+        args = dataclasses.replace(args, steps=10, seconds=0.1, notice=5)
     facts = facts_of(torch.device("cpu"))
     rows: list[dict] = []
     for case in args.cases:

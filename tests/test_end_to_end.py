@@ -32,7 +32,7 @@ METAWORLD = f"--tasks reach drawer-close {TINY}"  # episodes of 200 steps: one e
 RUNS = {
     "metaworld": f"{METAWORLD} --variant paper --run-dir metaworld --workers 2",
     "again": f"{METAWORLD} --variant paper --run-dir again --workers 0 --exp-name again",
-    "dmc": f"--tasks cartpole-swingup reacher-easy {TINY} --variant release --run-dir dmc --seed 1",
+    "dmc": f"--tasks cartpole-swingup reacher-easy {TINY} --variant release --run-dir dmc --seed 1 --workers 0",
     "single": f"--tasks drawer-close {TINY} --variant release --goals fresh --no-overlap",
 }
 
@@ -68,9 +68,7 @@ def run_of(name: str, cwd: Path) -> tuple[Path, str, dict]:
     return path, process.stdout, values
 
 
-@pytest.mark.parametrize("name", ["metaworld", "dmc", "single"])
-def test_a_run_leaves_its_arguments_metrics_checkpoint_logs_and_table(name, tmp_path):
-    path, stdout, values = run_of(name, tmp_path)
+def assert_leaves_arguments_metrics_checkpoint_logs_and_table(name: str, path: Path, stdout: str, values: dict) -> None:
     args = json.loads((path / "args.json").read_text())
     assert {field.name for field in dataclasses.fields(brc_sac.Args)} | {"git_commit", "hardware"} <= args.keys()
     assert args["versions"]["torch"] == torch.__version__ and "mujoco" in args["versions"]
@@ -120,8 +118,14 @@ def test_a_run_leaves_its_arguments_metrics_checkpoint_logs_and_table(name, tmp_
         assert (latest.parent / "metadata.tsv").read_text().split() == tasks
 
 
-def test_the_same_seed_gives_the_same_metrics_in_any_number_of_workers_and_at_evaluate(tmp_path):
-    (path, _, values), (again, *_) = run_of("metaworld", tmp_path), run_of("again", tmp_path)
+@pytest.mark.parametrize("name", ["dmc", "single"])
+def test_a_run_leaves_arguments_metrics_checkpoint_logs_and_table(name, tmp_path):
+    assert_leaves_arguments_metrics_checkpoint_logs_and_table(name, *run_of(name, tmp_path))
+
+
+def test_a_run_with_workers_leaves_the_same_and_its_seed_gives_the_same_metrics_without_and_at_evaluate(tmp_path):
+    (path, stdout, values), (again, *_) = run_of("metaworld", tmp_path), run_of("again", tmp_path)
+    assert_leaves_arguments_metrics_checkpoint_logs_and_table("metaworld", path, stdout, values)
     text = [(run_dir / "metrics.csv").read_text() for run_dir in (path, again)]
     assert text[0].replace("brc_sac-reach-drawer-close-paper", "again") == text[1]
     before = files_under(path)
@@ -156,28 +160,26 @@ LONG = ("--tasks reach drawer-close --width 32 --actor-width 16 --batch-size 32 
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
-@pytest.mark.parametrize("victim", ["worker", "run"])
-def test_a_killed_worker_ends_the_run_after_a_checkpoint_and_a_killed_run_its_workers(tmp_path, victim):
-    process = subprocess.Popen([sys.executable, str(SCRIPT), *LONG.split()], cwd=tmp_path, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.PIPE, text=True)
-    path, deadline = tmp_path / "run" / "checkpoint.previous.pt", time.monotonic() + 240
-    while not path.exists():  # the second checkpoint
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    assert len(workers) == 4  # two to train, two to evaluate
-    os.kill(int(workers[1]) if victim == "worker" else process.pid, signal.SIGKILL)
-    _, stderr = process.communicate(timeout=60)
-    while any(Path(f"/proc/{pid}").exists() for pid in workers):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    step = checkpoint(tmp_path / "run")["env_step"]
-    if victim == "worker":
-        assert process.returncode == 1 and "Traceback" not in stderr, stderr
-        assert re.search(rf"the environments of drawer-close was killed by SIGKILL .*\nStopped at step {step:,}\. "
-                         rf"To go on: python {re.escape(str(SCRIPT))} --resume run\n", stderr), stderr
-    resumed = brc(f"--resume run --total-steps {step + 10} --workers 0", tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
+def test_a_killed_worker_ends_the_run_after_a_checkpoint_and_a_killed_run_its_workers(tmp_path):
+    step, deadline = 0, time.monotonic() + 480
+    for victim, arguments in (("worker", LONG), ("run", "--resume run")):
+        process = subprocess.Popen([sys.executable, str(SCRIPT), *arguments.split()], cwd=tmp_path, text=True,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        while not (tmp_path / "run/checkpoint.pt").exists() or checkpoint(tmp_path / "run")["env_step"] <= step:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(workers) == 4  # two to train, two to evaluate
+        os.kill(int(workers[1]) if victim == "worker" else process.pid, signal.SIGKILL)
+        _, stderr = process.communicate(timeout=60)
+        while any(Path(f"/proc/{pid}").exists() for pid in workers):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        step = checkpoint(tmp_path / "run")["env_step"]
+        if victim == "worker":
+            assert process.returncode == 1 and "Traceback" not in stderr, stderr
+            assert re.search(rf"the environments of drawer-close was killed by SIGKILL .*\nStopped at step {step:,}\. "
+                             rf"To go on: python {re.escape(str(SCRIPT))} --resume run\n", stderr), stderr
 
 
 # --------------------------------------------------------------------------------------------------------- streams

@@ -1,9 +1,8 @@
 """pretrained/: small, and of use for what its README says, and for nothing else."""
 
 import dataclasses
+import shlex
 import shutil
-import subprocess
-import sys
 import types
 from pathlib import Path
 
@@ -13,33 +12,37 @@ import torch
 import brc_sac
 import devices
 import harness
+import transfer
 from benchmarks import slim
+from conftest import ROOT, Program
 
-ROOT = Path(brc_sac.__file__).parent
 AGENT = ROOT / "pretrained/mw7"
 
 
-def run(script: str, *arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], capture_output=True, text=True)
+def run(folder: Path, *words: object) -> tuple[int, str, str]:
+    """A script with its arguments in a forked process: its exit code and what it printed on both streams."""
+    script, *arguments = map(str, words)
+    program = Program({"brc_sac.py": brc_sac, "transfer.py": transfer}[script], folder)
+    code = program.run(shlex.join(arguments), lambda: setattr(harness, "PROGRAM", ROOT / script))
+    return code, program.out, program.err
 
 
 def test_it_is_evaluated_and_transferred_from(tmp_path):
     assert sum(path.stat().st_size for path in AGENT.iterdir() if path.is_file()) < 2e6
-    evaluation = run("brc_sac.py", "--evaluate", AGENT, "--eval-episodes", 1, "--workers", 0)
-    assert evaluation.returncode == 0, evaluation.stderr
-    success = {line.split()[0]: float(line.split()[2]) for line in evaluation.stdout.splitlines()[2:]}
+    code, out, err = run(tmp_path, "brc_sac.py", "--evaluate", AGENT, "--eval-episodes", 1, "--workers", 0)
+    assert code == 0, err
+    success = {line.split()[0]: float(line.split()[2]) for line in out.splitlines()[2:]}
     assert len(success) == 8 and success["mean"] >= 4 / 7  # seed 0's worst of ten on two processors was 6 / 7
-    transfer = run("transfer.py", "embedding", "--checkpoint", AGENT, "--task", "reach-wall", "--mode", "zero-shot",
-                   "--eval-episodes", 1, "--workers", 0, "--run-dir", tmp_path / "run")
-    assert transfer.returncode == 0 and "starts from the embedding of" in transfer.stdout, transfer.stderr
+    code, out, err = run(tmp_path, "transfer.py", "embedding", "--checkpoint", AGENT, "--task", "reach-wall", "--mode",
+                         "zero-shot", "--eval-episodes", 1, "--workers", 0, "--run-dir", tmp_path / "run")
+    assert code == 0 and "starts from the embedding of" in out, err
 
 
-@pytest.mark.parametrize("command", ["brc_sac.py --resume {}", "transfer.py data --task reach-wall --checkpoint {}"])
+@pytest.mark.parametrize("command", ["brc_sac.py --workers 0 --resume {}", "transfer.py data --task reach-wall --checkpoint {}"])
 def test_what_needs_a_replay_says_so(command, tmp_path):
     copy = shutil.copytree(AGENT, tmp_path / "agent")
-    script, *arguments = command.format(copy).split()
-    process = run(script, *arguments)
-    assert process.returncode == 2 and "it was saved without its replay" in process.stderr, process.stderr
+    code, _, err = run(tmp_path, *shlex.split(command.format(copy)))
+    assert code == 2 and "it was saved without its replay" in err, err
 
 
 def test_a_slim_run_has_the_networks_of_the_whole_one(tmp_path, monkeypatch):
@@ -59,9 +62,9 @@ def test_a_slim_run_has_the_networks_of_the_whole_one(tmp_path, monkeypatch):
         slim.main(slim.Args(tmp_path / "run", tmp_path / "slim"))
 
 
-def test_another_script_is_told_whose_it_is():
-    process = run("transfer.py", "model", "--resume", AGENT)
-    assert process.returncode == 2 and "is a run of brc_sac.py" in process.stderr, process.stderr
+def test_another_script_is_told_whose_it_is(tmp_path):
+    code, _, err = run(tmp_path, "transfer.py", "model", "--resume", AGENT)
+    assert code == 2 and "is a run of brc_sac.py" in err, err
 
 
 @pytest.mark.parametrize(("environment", "given", "threads"), [(None, None, 1), ("2", None, None), (None, 3, 3)])

@@ -53,13 +53,13 @@ def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch):
         assert all(torch.equal(*pair) for pair in zip(*parameters, strict=True)), part
 
 
-def test_a_run_without_a_compiler_is_eager_and_ends_well(program):
+def test_a_run_without_a_compiler_is_eager_and_ends_well(sac):
     """Also where it was told to compile: on this PATH there is none, and torch finds none."""
     def prepare():
         torch._inductor.config.cpp.cxx = ("no-such-compiler",)
-        resolve = program.module.resolve
-        program.module.resolve = lambda args: brc_sac.dataclasses.replace(resolve(args), compile=True)
-    assert program.run(f"{SMALL[program.name]} --total-steps 25 --run-dir run", prepare) == 0, program.err
+        resolve = sac.module.resolve
+        sac.module.resolve = lambda args: brc_sac.dataclasses.replace(resolve(args), compile=True)
+    assert sac.run(f"{SMALL['brc_sac']} --total-steps 25 --run-dir run", prepare) == 0, sac.err
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler")
