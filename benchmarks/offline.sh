@@ -8,6 +8,7 @@
 # learns from. Results: DIR/*/metrics.csv; benchmarks/report.py draws and tabulates them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source benchmarks/resumable.sh
 what=$1 seed=$2 out=${3:-runs/offline}
 python=${PYTHON:-python}
 steps=${STEPS:-12000} start=1000
@@ -15,19 +16,6 @@ updates=$((2 * (steps - start)))
 # The demo's; one core for each run.
 sizes="--width 128 --actor-width 128 --batch-size 128 --learning-rate 6e-4 --gamma 0.95 --tau 0.02
     --init-temperature 0.01 --eval-episodes 5 --workers 0"
-
-run() { # NAME SCRIPT ARGUMENTS...: that run, from where it was stopped; what is complete is left as it is
-    local dir="$out/$1" script=$2
-    shift 2
-    if [ -e "$dir/complete" ]; then
-        return
-    elif [ -e "$dir/args.json" ]; then
-        "$python" "$script" --resume "$dir"
-    else
-        "$python" "$script" "$@" --seed "$seed" --run-dir "$dir"
-    fi
-    touch "$dir/complete"
-}
 
 offline() { # NAME ARGUMENTS...: a run of offline.py on this seed's replay
     local name=$1

@@ -31,7 +31,7 @@ EPISODE = 10
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
 TRAIN = ("--learning-starts 10 --total-steps 80 --eval-interval 20 --checkpoint-interval 20 --log-interval 20 "
-         "--eval-episodes 1 --batch-size 8 --updates-per-step 1 --device cpu")
+         "--eval-episodes 1 --batch-size 4 --updates-per-step 1 --device cpu")
 SMALL = {  # two tasks of 80 steps, with a checkpoint and an evaluation every 20
     "brc_sac": f"--tasks reach drawer-close --width 16 --actor-width 8 --workers 0 {TRAIN}",
     "brc_drq": f"--tasks Pong Breakout --encoder-scale 0.03125 --hidden-width 16 {TRAIN}",

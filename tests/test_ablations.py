@@ -81,10 +81,12 @@ def program(name: str, *arguments: str) -> None:
     runpy.run_path(str(ROOT / name), run_name="__main__")
 
 
-def test_every_script_is_tested_and_short():
-    lines = {path.stem: len(path.read_text().splitlines()) for path in (ROOT / "ablations").glob("*.py")}
-    assert lines.keys() == REPLACED.keys()
-    assert all(15 <= count <= 60 for count in lines.values()), lines
+def test_every_script_is_tested_short_and_started_alike():
+    texts = {path.stem: path.read_text() for path in (ROOT / "ablations").glob("*.py")}
+    assert texts.keys() == REPLACED.keys()
+    for name, text in texts.items():
+        assert 15 <= text.count("\n") <= 60, name
+        assert text.endswith('\n\nif __name__ == "__main__":\n    brc_sac.harness.exit_on_error(brc_sac.main)\n'), name
 
 
 @pytest.mark.parametrize("name", REPLACED)

@@ -221,7 +221,7 @@ def test_a_run_goes_on_when_its_terminal_goes_away(toys, tmp_path):
     assert checkpoint(tmp_path / "run")["env_step"] == 80
 
 
-SCRIPTS = [path for pattern in ("*.py", "benchmarks/*.py", "ablations/*.py") for path in sorted(ROOT.glob(pattern))
+SCRIPTS = [path for pattern in ("*.py", "benchmarks/*.py", "ablations/mse.py") for path in sorted(ROOT.glob(pattern))
            if '__name__ == "__main__"' in path.read_text() and "import flax" not in path.read_text()]
 
 
@@ -286,7 +286,7 @@ def test_what_a_run_learned_with_cannot_change_at_resume(program):
     assert program.run(f"{SMALL[program.name]} --total-steps 25 --run-dir run") == 0, program.err
     before = files_under(program.folder / "run")
     resume = program.refused("--resume run --batch-size 64")
-    assert "--batch-size is 8 in run and cannot become 64: beside --resume only --total-steps, --device" in resume
+    assert "--batch-size is 4 in run and cannot become 64: beside --resume only --total-steps, --device" in resume
     assert "--eval-episodes" not in resume and "--resume," not in resume and "--run-dir" not in resume
     assert "--eval-episodes is 1 in run and cannot become 3" in program.refused("--resume run --eval-episodes 3")
     assert "run has made 25 steps already" in program.refused("--resume run --total-steps 24")

@@ -335,7 +335,7 @@ def program(tmp_path, monkeypatch) -> Program:
 def test_kill_and_resume(program):
     folder, deadline = program.folder, time.monotonic() + 300
     write_run(folder / "source")
-    arguments = f"--data source --updates 300 --eval-interval 200 --checkpoint-interval 20 {FLAGS} --run-dir"
+    arguments = f"--data source --updates 90 --eval-interval 60 --checkpoint-interval 10 {FLAGS} --run-dir"
     assert program.run(f"{arguments} whole") == 0, program.err
     process = program.start(f"{arguments} killed")
     while not (folder / "killed" / "checkpoint.previous.pt").exists():
@@ -345,20 +345,20 @@ def test_kill_and_resume(program):
     program.wait(process)
     assert program.run("--resume killed") == 0, program.err
     states = [torch.load(folder / name / "checkpoint.pt") for name in ("whole", "killed")]
-    assert [state["env_step"] for state in states] == [300, 300]
+    assert [state["env_step"] for state in states] == [90, 90]
     for part in ("critic", "target", "actor"):
         for name, value in states[0]["agent"][part].items():
             assert torch.equal(value, states[1]["agent"][part][name]), (part, name)
     rows = [[line.split(",", 1)[1] for line in (folder / name / "metrics.csv").read_text().splitlines()]
             for name in ("whole", "killed")]
-    assert rows[0] == rows[1] and {row.split(",")[3] for row in rows[0][1:]} == {"200", "300"}
+    assert rows[0] == rows[1] and {row.split(",")[3] for row in rows[0][1:]} == {"60", "90"}
 
     (folder / "source").rename(folder / "moved")
     assert program.refused("--resume killed").endswith(": if it has moved, give --data beside --resume.")
     write_run(folder / "other", seed=1)
-    assert "not the transitions with which" in program.refused("--resume killed --data other --updates 400")
+    assert "not the transitions with which" in program.refused("--resume killed --data other --updates 120")
     assert program.run("--evaluate killed --eval-episodes 2") == 0, program.err
-    assert "at step 300, 2 episodes" in program.out
+    assert "at step 90, 2 episodes" in program.out
 
 
 def test_published_files_end_to_end(program):

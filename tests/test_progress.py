@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 
@@ -274,20 +273,6 @@ def test_the_number_is_in_args_json_and_the_flag_is_kept(sac, monkeypatch):
     assert facts("chosen")["threads"] == 7 and facts("chosen")["threads_given"] is None
     assert torch.load(sac.folder / "chosen/checkpoint.pt", weights_only=True)["threads"] == 7
     assert "--threads is 0: give a number of at least 1" in sac.refused(f"{SMALL['brc_sac']} --run-dir no --threads 0")
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-def test_what_is_compiled_serves_any_number_of_threads():
-    """To compile it anew would take half a minute."""
-    function, before = devices.compiled(lambda x: (x.sin() * 2).sum()), torch.get_num_threads()
-    try:
-        for number in (1, 2, 1):
-            torch.set_num_threads(number)
-            with torch._dynamo.config.patch(error_on_recompile=True):
-                assert function(torch.zeros(100_000)) == 0
-    finally:
-        torch.set_num_threads(before)
-        torch._dynamo.reset()
 
 
 def test_the_benchmark_runs_in_small(tmp_path):

@@ -38,7 +38,7 @@ def both_agents() -> tuple[list, list[dict]]:
     agents, batch, noise, metrics = [], make_batch(), torch.randn(2, 64, 2), []
     for compile in (False, True):
         torch.manual_seed(0)
-        agents.append(make_agent(compile=compile))
+        agents.append(make_agent(compile=compile, critic_depth=1))
         metrics.append(agents[-1].update(batch, *noise)[0])
     return agents, metrics
 
@@ -63,13 +63,22 @@ def test_a_run_without_a_compiler_is_eager_and_ends_well(sac):
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler")
-def test_compiled_equals_eager_on_one_batch():
+def test_compiled_equals_eager_on_one_batch_and_serves_any_number_of_threads():
+    """To compile it anew for another number would take half a minute."""
     agents, metrics = both_agents()
     assert torch._dynamo.utils.counters["frames"]["ok"] >= 2
     for name, value in metrics[0].items():
         assert metrics[1][name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-5), name
     for one, other in zip(*(agent.critic.parameters() for agent in agents), strict=True):
         assert (one.grad - other.grad).norm() <= 1e-4 * one.grad.norm() + 1e-7
+    compiled, threads = dict(torch._dynamo.utils.counters["frames"]), torch.get_num_threads()
+    try:
+        for number in (2, 1):
+            torch.set_num_threads(number)
+            agents[1].update(make_batch(), *torch.randn(2, 64, 2))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch._dynamo.utils.counters["frames"] == compiled
 
 
 def test_an_agent_is_freed_with_its_last_name():
