@@ -94,7 +94,7 @@ def test_a_resume_cuts_the_running_episodes_and_may_ask_for_more_steps_and_a_lar
     assert saved(args)["env_step"] == 120 and steps_of(args) == [20, 40, 60, 80, 100, 120]
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(("program", "seed"), [("brc_sac", 0), ("brc_sac", 1), ("brc_drq", 2)], indirect=["program"])
 def test_a_run_that_is_killed_at_random_moments_is_complete_in_the_end(program, seed):
     def kill_at(line: int) -> None:
         """Of the lines that the process executes, in the midst of a file as well as of a step."""
@@ -268,7 +268,8 @@ def limit_files(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard if size < 0 else size, hard))
 
 
-@pytest.mark.parametrize("size", [0, 20_000])
+@pytest.mark.parametrize(("program", "size"), [("brc_sac", 0), ("brc_sac", 20_000), ("brc_drq", 0)],
+                         indirect=["program"])
 def test_a_full_disk_costs_checkpoints_and_rows_and_not_the_run(program, size):
     """And no row in the end: with room again, those that waited are written. The output lies on that disk too."""
     flags = f"{SMALL[program.name]} --run-dir run --exp-name test"
@@ -279,7 +280,8 @@ def test_a_full_disk_costs_checkpoints_and_rows_and_not_the_run(program, size):
     assert program.run("--resume run --total-steps 100") == 0, program.err  # the replay's file holds every row
 
 
-@pytest.mark.parametrize("start", [15, 45])
+@pytest.mark.parametrize(("program", "start"), [("brc_sac", 15), ("brc_sac", 45), ("brc_drq", 15)],
+                         indirect=["program"])
 def test_a_run_whose_last_checkpoint_cannot_be_written_ends_with_1(program, start):
     def prepare():
         def tell(error, sentence):
@@ -446,7 +448,8 @@ def test_only_the_allocators_errors_become_a_sentence_about_memory(sac, error, t
     assert ("brc_sac.py: Out of memory: " in sac.err.splitlines()[-1]) == told
 
 
-@pytest.mark.parametrize(("value", "step"), [(float("nan"), 15), (float("inf"), 47)])
+@pytest.mark.parametrize(("program", "value", "step"), [("brc_sac", float("nan"), 15), ("brc_drq", float("inf"), 47)],
+                         indirect=["program"])
 def test_a_diverged_network_ends_the_run_and_leaves_the_last_good_checkpoint(program, value, step):
     def prepare():
         def init(agent, *args, **kwargs):

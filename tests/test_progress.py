@@ -147,15 +147,15 @@ def test_a_short_evaluation_shows_nothing(screen):
     assert screen.getvalue() == ""
 
 
-def test_the_end_names_the_one_command_that_draws_the_curves(program):
-    assert program.run(f"{SMALL[program.name]} --run-dir 'the run'") == 0, program.err
-    line = program.out.splitlines()[-1]
+def test_the_end_names_the_one_command_that_draws_the_curves(sac):
+    assert sac.run(f"{SMALL['brc_sac']} --run-dir 'the run'") == 0, sac.err
+    line = sac.out.splitlines()[-1]
     assert line.startswith("Curves: the run/metrics.csv; to draw them: ")
     command = line.partition("to draw them: ")[2]
     assert shlex.split(command)[2:] == ["the run", "--out", "the run/curves.png"]
-    drawn = subprocess.run(command, shell=True, cwd=program.folder, capture_output=True, text=True, timeout=300)
+    drawn = subprocess.run(command, shell=True, cwd=sac.folder, capture_output=True, text=True, timeout=300)
     assert drawn.returncode == 0, drawn.stderr
-    assert (program.folder / "the run/curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (sac.folder / "the run/curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_run_that_is_stopped_names_it_too_once_it_has_curves(sac, capsys):
