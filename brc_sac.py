@@ -157,7 +157,7 @@ def resolve(args: Args) -> Args:
         args = dataclasses.replace(args, assets=os.path.abspath(args.assets))
         os.environ["SHADOWHAND_ASSETS"] = args.assets
     tasks = suites.resolve(args.suite, args.tasks, args.split)
-    suites.check_goals(tasks, args.goals or "fresh")
+    goals = suites.resolve_goals(tasks, args.goals, {"paper": "fresh", "release": "frozen"}[args.variant])
     if games := [task for task in tasks if suites.benchmark(task) is suites.atari]:
         raise UsageError(f"{games[0]} is an Atari game, played from pixels: {Path(__file__).name} runs continuous "
                          "control only, so leave the games out, or use brc_drq.py for them.")
@@ -169,9 +169,8 @@ def resolve(args: Args) -> Args:
         "total_steps": suites.steps(tasks) if args.tasks else suites.SUITES[args.suite].steps,
         "exp_name": f"{harness.PROGRAM.stem}-{label}-{args.variant}",
         "embedding_norm": {"paper": "l1", "release": "l2"}[args.variant],
-        "goals": {"paper": "fresh", "release": "frozen"}[args.variant],
     } | (DEMO if args.suite == "demo" and not args.tasks else {})
-    args = harness.fill(dataclasses.replace(args, tasks=tasks), **defaults)
+    args = harness.fill(dataclasses.replace(args, tasks=tasks, goals=goals), **defaults)
     args = harness.fill(args, eval_interval=min(25_000, max(1, args.total_steps // 20)))
     args = harness.fill(args, checkpoint_interval=args.eval_interval)
     harness.check_range(args, 1, math.inf, "width", "eval_interval", "eval_episodes", "log_interval",

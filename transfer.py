@@ -4,9 +4,7 @@
     python transfer.py model --checkpoint runs/pre --task assembly                    go on from the pretrained networks
     python transfer.py embedding --checkpoint runs/pre --task assembly --mode select  frozen networks, a new embedding
     python transfer.py data --checkpoint runs/pre --task assembly                     fresh networks, the old replay
-    python transfer.py model --checkpoint runs/pre --task assembly --baseline         from scratch, for comparison
     python transfer.py embedding --checkpoint runs/pre --suite mw --full-map          all of a suite's; Figure 24
-    python transfer.py model --resume runs/<run>                                      go on after a kill
 
 Every protocol is a run of the agent's own loop on one new task: `prepare` sets its fresh learner up, the rest are
 arguments. The agent is the script that wrote the checkpoint: brc_sac.py, brc_drq.py, a copy of one.
@@ -14,15 +12,13 @@ arguments. The agent is the script that wrote the checkpoint: brc_sac.py, brc_dr
     model      Critic, target, actor and temperature go on from the pretrained ones; optimiser, buffer and return scale
                are fresh, and learning waits for the first finished episode, which gives that scale. The policy acts
                from the first step. The paper: "initializing a single-task learner with the weights", and no more.
-    embedding  All weights are frozen, and the temperature. zero-shot: a random pretrained embedding. select (few-shot):
-               each is tried on the new task, the best one kept. The paper spends 300 transitions in all on that
-               (--transitions 300); how 85 candidates fit into 300 is not stated. tune is not in the paper: from the
-               best, the vector alone learns through TD, in the unit of its return scale, its target a Polyak copy;
-               then it is tried too, and kept if it did better.
+    embedding  Weights and temperature are frozen. zero-shot: a random pretrained embedding. select (few-shot): each is
+               tried on the new task for 300 transitions, the best one kept; the paper spends 300 on all of them
+               (--transitions), and does not say how. tune is not in the paper: from the best, the vector alone learns
+               through TD, its target a Polyak copy; then it is tried too, and kept if it did better.
     data       A fresh learner; half of each batch is from the pretraining replay (RLPD, arXiv 2302.02948). As the paper
-               words it ("a fresh single-task learner") with --prior-tasks merged: no embedding, and one return scale,
-               over the old episodes too. The default, separate, is not in the paper: a multi-task learner, of which
-               task 0 is new, alone steps and is evaluated, and the others keep their final return scales.
+               words it ("a fresh single-task learner") with --prior-tasks merged: no embedding, one return scale for
+               all. Not in the paper is the default, separate: the old tasks stay tasks, with their return scales.
     --baseline A fresh learner of the same sizes, embedding row included, on the new task alone.
 
 Transitions are counted in full: those of trials are the run's first steps, and in its replay; the tuned one's its last.
@@ -71,7 +67,7 @@ class Args:
     assets: str | None = None  # ShadowHand's folder dex_envs/assets; default $SHADOWHAND_ASSETS
     track: bool = False  # also log to Weights & Biases
     capture_video: bool = False  # record the first evaluation episode as a GIF
-    eval_episodes: int = 10  # fresh episodes per evaluation; none of them is learned from or counted
+    eval_episodes: int | None = None  # fresh per evaluation, never learned from; default 10, of Atari's last one 100
     # model and data alone
     baseline: bool = False  # learn from scratch instead, with the same budget and sizes
     total_steps: int | None = None  # environment steps on each new task; default its suite's in the paper
@@ -128,8 +124,9 @@ def resolve(args: Args) -> Args:
              "candidates": args.tries, "transitions": args.tries, "tune_transitions": args.tunes,
              "transitions_per_candidate": args.tries and not args.transitions, "tune_updates": args.tunes,
              "full_map": args.label == "embedding-select" and not args.candidates}
-    beside = " --baseline" * args.baseline + f" --mode {args.mode}" * embedding + f" --start {args.start}" * model
-    beside += " --candidates" * bool(args.candidates) + " --transitions" * bool(args.transitions) + " in Atari" * atari
+    beside = f" --mode {args.mode}" * embedding + " --baseline" * (args.baseline and not embedding)
+    beside += f" --start {args.start}" * model + " in Atari" * atari
+    beside += (" --candidates" * bool(args.candidates) + " --transitions" * bool(args.transitions)) * args.tries
     for name, value in vars(args).items():
         if not used.get(name, True) and value != getattr(Args, name) and not args.resume:
             raise UsageError(f"--{name.replace('_', '-')} has no effect with {args.method}{beside}: leave it out.")
@@ -219,9 +216,12 @@ def load_pretrained(args: Args) -> Pretrained:
 def learner_args(pretrained: Pretrained, exp_name: str, task: str, folder: Path) -> Any:
     """The agent's own arguments for one new task: those of the pretraining, but for what the transfer sets."""
     args, most, first = pretrained.args, pretrained.space, getattr(pretrained.old, "n_step", 1)  # of brc_drq.py
-    changes = {name: value for name, value in vars(args).items() if hasattr(pretrained.old, name)} | dict(
+    changes = {name: getattr(pretrained.agent.Args, name) if value is None else value  # a number in brc_drq.py
+               for name, value in vars(args).items() if hasattr(pretrained.old, name)} | dict(
         suite=pretrained.agent.Args.suite, tasks=(task,), resume=None, run_dir=str(folder), exp_name=exp_name,
         replay_device=str(pretrained.prior.device) if args.uses_replay else args.replay_device)
+    changes |= {} if most else {"final_eval_episodes": args.eval_episodes}
+    changes |= {"goals": None} if most and not hasattr(suites.benchmark(task), "GOALS") else {}
     if args.method == "embedding":  # of zero-shot and select there is nothing to learn
         changes |= dict(total_steps=args.cost + first + 1, learning_starts=max(first, args.spent), compile=False,
                         eval_interval=args.cost or 1, checkpoint_interval=100, updates_per_step=args.tune_updates)
@@ -295,6 +295,7 @@ def begin(pretrained: Pretrained, run: harness.Run, agent: Any, normalizer: Any,
     for row in drawn if args.tries else ():
         set_embedding(pretrained, agent, row)
         results[row] = trial(pretrained, run, agent, tasks[row], normalizer, buffer)
+        normalizer.episode_rewards[0] = []  # of an episode that was cut, and so has no return
     if results:
         table = [[tasks[row], args.transitions_per_candidate, *results[row].values()] for row in sorted(drawn)]
         text = "".join(",".join(map(str, row)) + "\n" for row in [["embedding", "transitions", *results[row]], *table])
@@ -341,10 +342,10 @@ def trial(pretrained: Pretrained, run: harness.Run, agent: Any, name: str, norma
         action = agent.act(torch.from_numpy(obs).to(agent.device), *how).cpu().numpy()
         step = envs.step(action)
         if buffer:
-            lost, cut = [step.life_lost] if hasattr(step, "life_lost") else [], step.truncated | (left == 0)
+            lost = [step.life_lost] if hasattr(step, "life_lost") else []
             reward = step.reward.clip(-1, 1) if getattr(run.args, "clip_rewards", False) else step.reward
-            buffer.add(obs, action, reward, step.terminated, cut, *lost, step.next_obs)
-            normalizer.observe(reward, np.logical_or.reduce([step.terminated, *lost]), cut)
+            buffer.add(obs, action, reward, step.terminated, step.truncated | (left == 0), *lost, step.next_obs)
+            normalizer.observe(reward, np.logical_or.reduce([step.terminated, *lost]), step.truncated)
         running = running[0] + float(step.reward[0]), float(np.fmax(running[1], getattr(step, "success", [np.nan])[0]))
         if step.terminated[0] or step.truncated[0]:
             episodes, running = [*episodes, running], (0.0, np.nan)
@@ -414,10 +415,9 @@ def main(args: Args | None = None) -> list[dict[str, float]]:
         harness.check_empty(root)
     if several:  # for --resume what a run has for its one task
         print(f"{len(runs)} tasks, one after another; to go on with all of them after a stop: {go_on}", flush=True)
-        facts = {"format": harness.FORMAT, "program": str(harness.PROGRAM.resolve()), "go_on": go_on,
-                 "own": vars(args) | {"resume": None}}
-        harness.begin(root, facts)
-    own = {key: value for key, value in vars(args).items() if not hasattr(pretrained.old, key)} | {"suite": None}
+        harness.begin(root, {"format": harness.FORMAT, "program": str(harness.PROGRAM.resolve()), "go_on": go_on,
+                             "own": vars(args) | {"resume": None}})
+    own = vars(args) | {"suite": None, "resume": None}
     rows = 1 + len(pretrained.old.tasks) * args.uses_replay if pretrained.embeddings or args.uses_replay else 0
     start = pretrained.agent.Start(lambda *new: prepare(pretrained, *new), rows * (args.prior_tasks == "separate"),
                                    pretrained.space, args.uses_networks, args.spent, args.method)
@@ -425,11 +425,12 @@ def main(args: Args | None = None) -> list[dict[str, float]]:
         if outcome(folder, one.total_steps):
             print(f"{one.tasks[0]} is finished.")
             continue
-        facts = {"own": own | {"task": one.tasks}, "agent": str(pretrained.program.resolve())}
+        this = start._replace(facts={"own": own | {"task": one.tasks}, "agent": str(pretrained.program.resolve())})
+        reached = harness.read_checkpoint(folder)["env_step"] if args.tunes and any(folder.glob("checkpoint*")) else 0
         for total in (args.spent + args.tune_transitions,) * args.tunes + (one.total_steps,):
-            resume = str(folder) if (folder / "args.json").exists() else None
-            pretrained.agent.train(dataclasses.replace(one, total_steps=total, resume=resume),
-                                   start._replace(facts=facts))
+            if total >= reached:
+                resume = str(folder) if (folder / "args.json").exists() else None
+                pretrained.agent.train(dataclasses.replace(one, total_steps=total, resume=resume), this)
         if args.track:  # a run of its own for each task
             sys.modules["wandb"].finish()
     results = [outcome(folder, one.total_steps) for folder, one in runs]

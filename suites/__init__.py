@@ -27,8 +27,9 @@ from suites.base import Suite, SuiteError
 from suites.results import VIDEO_STRIDE, mean_episode, mean_result, table, write_videos
 
 __all__ = [
-    "BENCHMARKS", "SUITES", "VIDEO_STRIDE", "Suite", "SuiteError", "benchmark", "check", "check_goals",
-    "check_rendering", "make", "mean_episode", "mean_result", "resolve", "score", "steps", "table", "write_videos",
+    "BENCHMARKS", "SUITES", "VIDEO_STRIDE", "Suite", "SuiteError", "benchmark", "check",
+    "check_rendering", "make", "mean_episode", "mean_result", "resolve", "resolve_goals", "score", "steps", "table",
+    "write_videos",
 ]  # fmt: skip
 
 # dmc comes last: it owns every remaining `domain-task` name of dm_control.
@@ -85,10 +86,16 @@ def check(tasks: tuple[str, ...]) -> None:
             module.check(owned)
 
 
-def check_goals(tasks: tuple[str, ...], goals: str) -> None:
-    """Raises SuiteError if `goals` is not "fresh" and no task has goals to freeze; in a mix, MetaWorld's are frozen."""
-    if goals != "fresh" and not any(hasattr(benchmark(task), "GOALS") for task in tasks):
+def resolve_goals(tasks: tuple[str, ...], goals: str | None, default: str) -> str:
+    """`goals` or, where it is None, `default`; "fresh" where no task has goals to freeze. In a mix, MetaWorld's are.
+
+    Raises SuiteError for other goals where no task has them.
+    """
+    if any(hasattr(benchmark(task), "GOALS") for task in tasks):
+        return goals or default
+    if goals not in (None, "fresh"):
         raise SuiteError(f"Goals can be {goals} in MetaWorld's tasks only, and none of these tasks is one of them.")
+    return "fresh"
 
 
 def check_rendering(tasks: tuple[str, ...]) -> None:

@@ -66,10 +66,13 @@ def test_resolve_refuses(selection, message):
 
 
 def test_goals_are_frozen_only_where_there_are_some():
-    suites.check_goals(("reach", "walker-run"), "frozen")
-    suites.check_goals(("walker-run",), "fresh")
+    assert suites.resolve_goals(("reach", "walker-run"), "frozen", "fresh") == "frozen"
+    for given, goals in ((None, "frozen"), ("fresh", "fresh"), ("frozen", "frozen")):
+        assert suites.resolve_goals(("walker-run", "reach"), given, "frozen") == goals
+    assert suites.resolve_goals(("walker-run",), None, "frozen") == "fresh"
+    assert suites.resolve_goals(("walker-run",), "fresh", "frozen") == "fresh"
     with pytest.raises(SuiteError, match="frozen in MetaWorld's tasks only"):
-        suites.check_goals(("walker-run", "h1-walk", "Pong"), "frozen")
+        suites.resolve_goals(("walker-run", "h1-walk", "Pong"), "frozen", "fresh")
     with pytest.raises(ValueError, match="'freezing', which is none of fresh, frozen"):
         suites.make("reach", 0, goals="freezing")
     first, second = (suites.make("cheetah-run", 0, goals=goals).reset()[0] for goals in ("fresh", "frozen"))
