@@ -492,9 +492,11 @@ def test_means_over_tasks_and_the_table():
 @pytest.mark.parametrize(("given_args", "resolved"), [
     (dict(), dict(width=4096, batch_size=1024, learning_starts=5000, total_steps=500_000, eval_interval=25_000,
                   checkpoint_interval=25_000, exp_name="brc_sac-mw-paper", tasks=suites.SUITES["mw"].tasks,
-                  embedding_norm="l1")),
+                  embedding_norm="l1", goals="fresh")),
+    (dict(variant="release"), dict(embedding_norm="l2", goals="frozen")),
     (dict(tasks=("ball_in_cup-catch",), variant="release"),
-     dict(width=4096, batch_size=256, exp_name="brc_sac-ball_in_cup-catch-release", embedding_norm="l2")),
+     dict(width=4096, batch_size=256, exp_name="brc_sac-ball_in_cup-catch-release", embedding_norm="l2",
+          goals="fresh")),  # it has none to freeze
     (dict(tasks=("h1-walk", "reach")), dict(total_steps=1_000_000, eval_interval=25_000)),  # the longest of the budgets
     (dict(split="pretrain"), dict(exp_name="brc_sac-mw-pretrain-paper", tasks=suites.SUITES["mw"].pretrain)),
     (dict(suite="demo"),
@@ -509,3 +511,19 @@ def test_means_over_tasks_and_the_table():
 def test_defaults_depend_on_suite_and_tasks(given_args, resolved):
     args = brc_sac.resolve(Args(**given_args))
     assert {name: getattr(args, name) for name in resolved} == resolved
+    assert brc_sac.resolve(args) == args  # as a resume does
+
+
+@pytest.mark.parametrize(("given", "goals"), [(dict(), "fresh"), (dict(goals="frozen"), "frozen"),
+                                              (dict(variant="release"), "frozen")])
+def test_a_run_has_its_goals_in_training_and_in_evaluation(sac, monkeypatch, given, goals):
+    def make(tasks, seed, *inputs, **options):
+        made.append((seed, options["goals"]))
+        return of(tasks, seed, *inputs, **options)
+
+    made, of = [], brc_sac.VectorEnv
+    monkeypatch.setattr(brc_sac, "VectorEnv", make)
+    args = sac.args(seed=5, total_steps=20, **given)
+    brc_sac.train(args)
+    brc_sac.evaluate_run(dataclasses.replace(harness.read_args(Path(args.run_dir), Args)[0], evaluate=args.run_dir))
+    assert made == [(5, goals), (47, goals), (47, goals)]

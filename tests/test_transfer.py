@@ -135,7 +135,8 @@ def test_model_transfer_starts_from_the_checkpoint(transfers, name, options, spe
     assert {row["exp_name"] for row in rows} == {f"brc_sac-{name}"}
     assert {int(row["env_step"]) for row in rows} == {20, 40} | ({spent}, set())[baseline]
     assert new.steps == spent and new.buffer.steps == 40
-    if spent:  # in the replay, with every cut-off episode's end in it
+    if spent:  # in the replay, with every cut-off episode's end in it, and without a return scale, that of whole ones
+        assert new.normalizer["return_scale"].isinf().all() and new.normalizer["episode_rewards"] == [[]]
         assert new.buffer.end[:15, 0].nonzero().flatten().tolist() == [4, 9, 14]
         assert [row["transitions"] for row in read_csv(run_dir / "candidates.csv")] == ["5"] * 3
 
@@ -391,22 +392,36 @@ def test_several_tasks_go_on_after_a_stop_and_draw_the_map(transfers, monkeypatc
         (task, "brc_sac-embedding-select", "15") for task in (*tasks, "mean")}
 
 
-def test_a_stopped_tune_goes_on_to_the_same_bits(transfers, monkeypatch):
-    add, whole = brc_sac.ReplayBuffer.add, transfers.go("tune", run="whole")
+@pytest.mark.parametrize("moment", ["as the first stage ends", "in the last evaluation"])
+def test_a_stopped_tune_goes_on_to_the_same_bits(transfers, monkeypatch, moment):
+    add, evaluate, whole = brc_sac.ReplayBuffer.add, brc_sac.evaluate, transfers.go("tune", run="whole")
 
     def add_and_stop(buffer, *step):
         add(buffer, *step)
-        if buffer.steps == 45:  # as the first stage ends: no episode is cut
+        if buffer.steps == 45 and moment == "as the first stage ends":  # no episode is cut
             signal.raise_signal(signal.SIGTERM)
+
+    def evaluate_and_stop(agent, envs, episodes, seed, *options):
+        if seed == harness.derived_seed(0, "evaluation", 50) and moment == "in the last evaluation":
+            signal.raise_signal(signal.SIGTERM)
+        return evaluate(agent, envs, episodes, seed, *options)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(brc_sac.ReplayBuffer, "add", add_and_stop)
+        patch.setattr(brc_sac, "evaluate", evaluate_and_stop)
         transfers.go("tune", run="stopped")
     stopped = transfers.folder / "stopped"
     transfers.call(f"embedding --resume {stopped}")
     ours, theirs = (networks(checkpoint(run_dir)["agent"]) for run_dir in (whole, stopped))
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     assert read_csv(whole / "metrics.csv")[-3:] == read_csv(stopped / "metrics.csv")[-3:]
+
+
+def test_goals_stay_those_of_the_pretraining_where_the_new_task_has_some(transfers):
+    for task, goals in (("window-open", "frozen"), ("cartpole-balance", "fresh")):
+        frozen = transfers.folder / "frozen" if task != "window-open" else transfers.copy("frozen", goals="frozen")
+        args = transfers.parse(f"model --checkpoint {frozen} --task {task}")
+        assert transfer.learner_args(transfer.load_pretrained(args), "x", task, transfers.folder / "x").goals == goals
 
 
 # ---------------------------------------------------------------------------------------------------------------- Atari
@@ -437,3 +452,8 @@ def test_all_protocols_take_a_checkpoint_of_brc_drq(transfers, monkeypatch, tmp_
     rows = agents["pre"]["critic"]["embedding.weight"]
     assert (agents["zero-shot"]["critic"]["embedding.weight"] == rows).all(1).any()
     assert "reach" in transfers.refused(f"model --checkpoint {tmp_path / 'pre'} --task reach")
+    for options, games in (("", (10, 100)), ("--eval-episodes 3", (3, 3))):
+        own = transfers.parse(f"data --checkpoint {tmp_path / 'pre'} --task Bowling {options}")
+        learner = transfer.learner_args(transfer.load_pretrained(own), "x", "Bowling", tmp_path / "x")
+        assert (learner.learning_starts, learner.eval_interval) == (1600, 10_000)
+        assert (learner.eval_episodes, learner.final_eval_episodes) == games

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# The paper's claims at laptop scale: seven tasks whose rewards differ by orders of magnitude, in one network or seven.
+#
+#     benchmarks/ablations.sh methods S [DIR]    BRC and each ablation and baseline, one network each
+#     benchmarks/ablations.sh widths S [DIR]     BRC with 32, 64 and 256 units in place of 128
+#     benchmarks/ablations.sh single S [DIR]     BRC and BRO on every task alone, with a quarter of the batch
+#
+# S is the seed. Stopped, it goes on when it is called again. Results: DIR/*/metrics.csv, and for the methods
+# DIR/*/diagnostics; benchmarks/report.py draws and tabulates them.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source benchmarks/resumable.sh
+what=$1 seed=$2 out=${3:-runs/ablations}
+python=${PYTHON:-python}
+steps=${STEPS:-12000} start=1000
+tasks="drawer-close door-close button-press cartpole-balance walker-stand cheetah-run finger-spin"
+# The demo's, which learn within this many steps; one core for each run.
+common="--width 128 --actor-width 128 --learning-rate 6e-4 --gamma 0.95 --tau 0.02 --init-temperature 0.01
+    --learning-starts $start --total-steps $steps --eval-interval $((steps / 4)) --eval-episodes 5 --workers 0"
+
+case $what in
+methods)
+    run "brc-$seed" brc_sac.py --tasks $tasks $common --batch-size 128 --exp-name brc
+    for name in mse mse_raw mlp simba separate_heads mse_heads sac mh_sac; do
+        run "$name-$seed" ablations/$name.py --tasks $tasks $common --batch-size 128 --exp-name $name
+    done
+    for name in brc mse mse_raw separate_heads mlp; do
+        "$python" benchmarks/diagnose.py "$out/$name-$seed" --device cpu
+    done
+    ;;
+widths)
+    for width in 32 64 256; do
+        run "width-$width-$seed" brc_sac.py --tasks $tasks $common --batch-size 128 --width $width --exp-name brc
+    done
+    ;;
+single)
+    for task in $tasks; do
+        run "single-$task-$seed" brc_sac.py --tasks $task $common --batch-size 32 --exp-name brc-single
+        run "bro-$task-$seed" ablations/bro.py --tasks $task $common --batch-size 32 --exp-name bro
+    done
+    ;;
+*)
+    echo "ablations.sh: unknown piece '$what': give methods, widths or single." >&2
+    exit 2
+    ;;
+esac
