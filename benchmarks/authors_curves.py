@@ -20,6 +20,7 @@ import datetime
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -163,7 +164,7 @@ def facts(release: Path) -> dict:
     packages = ("jax", "jaxlib", "flax", "optax", "distrax", "numpy", "gymnasium", "mujoco", "dm_control")
     return {"authors_commit": commit or None, "hardware": f"{name}, one of {os.cpu_count()} cores",
             "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-            "date": datetime.date.today().isoformat()}
+            "date": datetime.date.today().isoformat(), "command": shlex.join(sys.argv)}
 
 
 # -------------------------------------------------------------------------------------------------------------- ours
