@@ -9,9 +9,8 @@
 Every protocol is a run of the agent's own loop on one new task: `prepare` sets its fresh learner up, the rest are
 arguments. The agent is the script that wrote the checkpoint: brc_sac.py, brc_drq.py, a copy of one.
 
-    model      Critic, target, actor and temperature go on from the pretrained ones; optimiser, buffer and return scale
-               are fresh, and learning waits for the first finished episode, which gives that scale. The policy acts
-               from the first step. The paper: "initializing a single-task learner with the weights", and no more.
+    model      Critic, target, actor and temperature go on, the policy acts from the first step. Optimiser, buffer and
+               return scale are fresh; learning waits for the first finished episode, which gives that scale.
     embedding  Weights and temperature are frozen. zero-shot: a random pretrained embedding. select (few-shot): each is
                tried on the new task for 300 transitions, the best one kept; the paper spends 300 on all of them
                (--transitions), and does not say how. tune is not in the paper: from the best, the vector alone learns
@@ -21,7 +20,7 @@ arguments. The agent is the script that wrote the checkpoint: brc_sac.py, brc_dr
                all. Not in the paper is the default, separate: the old tasks stay tasks, with their return scales.
     --baseline A fresh learner of the same sizes, embedding row included, on the new task alone.
 
-Transitions are counted in full: those of trials are the run's first steps, and in its replay; the tuned one's its last.
+Transitions are counted in full: those of trials are the run's first steps, and in its replay.
 """
 
 import csv
@@ -67,7 +66,7 @@ class Args:
     assets: str | None = None  # ShadowHand's folder dex_envs/assets; default $SHADOWHAND_ASSETS
     track: bool = False  # also log to Weights & Biases
     capture_video: bool = False  # record the first evaluation episode as a GIF
-    eval_episodes: int | None = None  # fresh per evaluation, never learned from; default 10, of Atari's last one 100
+    eval_episodes: int | None = None  # fresh per evaluation, never learned from; default the agent's
     # model and data alone
     baseline: bool = False  # learn from scratch instead, with the same budget and sizes
     total_steps: int | None = None  # environment steps on each new task; default its suite's in the paper
@@ -417,7 +416,8 @@ def main(args: Args | None = None) -> list[dict[str, float]]:
         print(f"{len(runs)} tasks, one after another; to go on with all of them after a stop: {go_on}", flush=True)
         harness.begin(root, {"format": harness.FORMAT, "program": str(harness.PROGRAM.resolve()), "go_on": go_on,
                              "own": vars(args) | {"resume": None}})
-    own = vars(args) | {"suite": None, "resume": None}
+    own = {"suite": None} | {key: value for key, value in vars(args).items()
+                             if key == "eval_episodes" or not hasattr(pretrained.old, key)}
     rows = 1 + len(pretrained.old.tasks) * args.uses_replay if pretrained.embeddings or args.uses_replay else 0
     start = pretrained.agent.Start(lambda *new: prepare(pretrained, *new), rows * (args.prior_tasks == "separate"),
                                    pretrained.space, args.uses_networks, args.spent, args.method)
@@ -426,9 +426,9 @@ def main(args: Args | None = None) -> list[dict[str, float]]:
             print(f"{one.tasks[0]} is finished.")
             continue
         this = start._replace(facts={"own": own | {"task": one.tasks}, "agent": str(pretrained.program.resolve())})
-        reached = harness.read_checkpoint(folder)["env_step"] if args.tunes and any(folder.glob("checkpoint*")) else 0
+        done = harness.read_checkpoint(folder)["env_step"] if args.tunes and (folder / "checkpoint.pt").exists() else 0
         for total in (args.spent + args.tune_transitions,) * args.tunes + (one.total_steps,):
-            if total >= reached:
+            if total >= done:
                 resume = str(folder) if (folder / "args.json").exists() else None
                 pretrained.agent.train(dataclasses.replace(one, total_steps=total, resume=resume), this)
         if args.track:  # a run of its own for each task

@@ -123,7 +123,8 @@ def settings_of(path: Path) -> dict[str, str]:
         return {}
     for name, value in list(facts.items()):
         if isinstance(value, dict):  # transfer.py's own arguments
-            facts |= {f"{name}.{inner}": of_inner for inner, of_inner in facts.pop(name).items()}
+            more = facts.pop(name)
+            facts |= {f"{name}.{inner}": of_inner for inner, of_inner in more.items() if inner not in facts}
     tasks = facts.get("tasks") or ()
     facts["tasks"] = "one each" if len(tasks) == 1 else ",".join(tasks)
     return {name: str(value) for name, value in facts.items()

@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import brc_sac
 from conftest import ROOT, SMALL, checkpoint, files_under, read_csv
+from harness import read_checkpoint
 
 SCRIPT = ROOT / "brc_sac.py"
 TINY = ("--width 32 --actor-width 16 --batch-size 32 --learning-starts 50 --total-steps 250 --eval-interval 100 "
@@ -161,11 +162,15 @@ LONG = ("--tasks reach drawer-close --width 32 --actor-width 16 --batch-size 32 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 def test_a_killed_worker_ends_the_run_after_a_checkpoint_and_a_killed_run_its_workers(tmp_path):
+    def last_step() -> int:
+        saved = (tmp_path / "run/checkpoint.previous.pt").exists()  # from the second checkpoint on
+        return read_checkpoint(tmp_path / "run")["env_step"] if saved else 0
+
     step, deadline = 0, time.monotonic() + 480
     for victim, arguments in (("worker", LONG), ("run", "--resume run")):
         process = subprocess.Popen([sys.executable, str(SCRIPT), *arguments.split()], cwd=tmp_path, text=True,
                                    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        while not (tmp_path / "run/checkpoint.pt").exists() or checkpoint(tmp_path / "run")["env_step"] <= step:
+        while last_step() <= step:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
         workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -175,11 +180,13 @@ def test_a_killed_worker_ends_the_run_after_a_checkpoint_and_a_killed_run_its_wo
         while any(Path(f"/proc/{pid}").exists() for pid in workers):
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        step = checkpoint(tmp_path / "run")["env_step"]
+        step = last_step()
         if victim == "worker":
             assert process.returncode == 1 and "Traceback" not in stderr, stderr
             assert re.search(rf"the environments of drawer-close was killed by SIGKILL .*\nStopped at step {step:,}\. "
                              rf"To go on: python {re.escape(str(SCRIPT))} --resume run\n", stderr), stderr
+    resumed = brc(f"--resume run --total-steps {step + 10} --workers 0", tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
 
 
 # --------------------------------------------------------------------------------------------------------- streams

@@ -342,7 +342,7 @@ def test_kill_and_resume(program):
         assert time.monotonic() < deadline, program.err
         time.sleep(0.002)
     os.kill(process, signal.SIGKILL)
-    program.wait(process)
+    assert program.wait(process) == -signal.SIGKILL
     assert program.run("--resume killed") == 0, program.err
     states = [torch.load(folder / name / "checkpoint.pt") for name in ("whole", "killed")]
     assert [state["env_step"] for state in states] == [90, 90]

@@ -75,11 +75,11 @@ def free_port() -> int:
 def test_ranks_add_up_to_one_process(tmp_path, num_tasks):
     """Gradients on a batch in which every task has its share; uneven counts of tasks weigh right."""
     tasks = sorted(list(range(num_tasks)) * 8)
-    alone = make_agent(num_tasks)
-    alone.update(*make_batch(tasks))
-    expected = gradients(alone)
     multiprocessing.start_processes(update_as_rank, (free_port(), tasks, num_tasks, str(tmp_path)), nprocs=2,
                                     start_method="fork")
+    alone = make_agent(num_tasks)  # after the forks, which a backward on a machine with a GPU would break
+    alone.update(*make_batch(tasks))
+    expected = gradients(alone)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert (first["gradients"] - expected).norm() < 1e-6 * expected.norm()
     assert torch.equal(first["parameters"], second["parameters"])
@@ -107,18 +107,18 @@ class Ranks:
     """Forked processes with the environment that torchrun gives its own, on toy tasks, each with output of its own."""
 
     def __init__(self, sac: Program, size: int):
-        self.programs, self.port = [Program(sac.module, sac.folder / f"rank{rank}") for rank in range(size)], free_port()
+        self.programs = [Program(sac.module, sac.folder / f"rank{rank}") for rank in range(size)]
         for program in self.programs:
             program.folder.mkdir(exist_ok=True)
 
     def run(self, arguments: str, prepare: Callable[[int], object] = lambda rank: None) -> list[int]:
         """Their exit codes, or minus the signals that ended them."""
         def as_rank(rank: int) -> None:
-            size = str(len(self.programs))
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size,
-                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.port)}
+                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             prepare(rank)
 
+        size, port = str(len(self.programs)), str(free_port())
         started = [program.start(arguments, partial(as_rank, rank)) for rank, program in enumerate(self.programs)]
         return [program.wait(process) for program, process in zip(self.programs, started, strict=True)]
 

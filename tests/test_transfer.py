@@ -141,6 +141,18 @@ def test_model_transfer_starts_from_the_checkpoint(transfers, name, options, spe
         assert [row["transitions"] for row in read_csv(run_dir / "candidates.csv")] == ["5"] * 3
 
 
+def test_more_steps_at_resume_change_no_interval(transfers, monkeypatch):
+    run_dir = transfers.folder / "run"
+    monkeypatch.setattr(brc_sac, "evaluate", lambda *inputs: ([{"return": 0.0, "success": 0.0, "score": 0.0}], [[]]))
+    transfers.call(f"model --total-steps 40 --learning-starts 10 --batch-size 16 --checkpoint {transfers.pre} "
+                   f"--task window-open --eval-episodes 2 --workers 0 --run-dir {run_dir}")
+    for total_steps in (40, 80):
+        if total_steps == 80:
+            transfers.call(f"model --resume {run_dir} --total-steps 80")
+        facts = json.loads((run_dir / "args.json").read_text())
+        assert (facts["total_steps"], facts["eval_interval"], facts["eval_episodes"]) == (total_steps, 2, 2)
+
+
 def test_a_pretrained_critic_learns_nothing_before_the_first_episode_has_ended(transfers, monkeypatch):
     """Its rewards are 0 until then: there is no return scale."""
     update, steps, random = brc_sac.Agent.update, {"model": [], "scratch": []}, []
