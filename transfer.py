@@ -269,12 +269,12 @@ class HalfPrior:
 
 
 def copy_scales(pretrained: Pretrained, rows: slice, normalizer: Any, at: slice) -> None:
-    """Copies return scales and entropies of pretraining tasks; of several for one task, the scale that spans them."""
-    saved = {name: value[rows] for name, value in pretrained.state["normalizer"].items() if isinstance(value, Tensor)}
+    """Copies return scales of pretraining tasks; of several for one task, the scale that spans them."""
+    saved = {name: value[rows] for name, value in pretrained.state["normalizer"].items() if name.startswith("return")}
     if at == slice(1):
         low, high = saved["return_min"].min(), saved["return_max"].max()
-        saved = {name: value.mean() for name, value in saved.items()}  # of the entropies
-        saved |= {"return_min": low, "return_max": high, "return_scale": torch.maximum(high, low.abs())}
+        scale = torch.maximum(high, low.abs())  # where all returns were 0 there is none yet
+        saved = {"return_min": low, "return_max": high, "return_scale": scale.where(scale > 0, torch.inf)}
     for name, value in saved.items():
         getattr(normalizer, name)[at] = value
 

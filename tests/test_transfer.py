@@ -271,6 +271,7 @@ def test_half_of_each_batch_comes_from_the_pretraining_replay(transfers, capsys,
         assert new.sizes == (39, 4, 1, 4) and scale.tolist() == [math.inf, *scales.tolist()]
     else:
         assert new.sizes == (39, 4, 1, 0) and scale == scales.max()
+    torch.testing.assert_close(new.normalizer["entropy"], torch.full((len(scale),), 4 * math.log(2)))  # of a new policy
     steps = source.rows[:205]  # [T, N, O + A + 2]
     for _ in range(3):
         batch = new.replay.sample(17)
@@ -290,6 +291,16 @@ def test_half_of_each_batch_comes_from_the_pretraining_replay(transfers, capsys,
     assert "cartpole-balance" in capsys.readouterr().out
     if prior == "merged":
         assert "has no task embeddings" in transfers.refused(f"embedding --checkpoint {run_dir} --task window-open")
+
+
+@pytest.mark.parametrize(("lows", "highs", "scale"), [((0, 0), (0, 0), math.inf), ((-3, 0), (0, 2), 3),
+                                                      ((math.inf, 1), (-math.inf, 4), 4)])
+def test_one_scale_spans_the_returns_of_all_old_tasks(lows, highs, scale):
+    saved = {"return_min": torch.tensor(lows) * 1.0, "return_max": torch.tensor(highs) * 1.0}
+    pretrained = SimpleNamespace(state={"normalizer": saved})
+    normalizer = brc_sac.ReturnNormalizer(brc_sac.Args(gamma=0.9), 1, 2)
+    transfer.copy_scales(pretrained, slice(2), normalizer, slice(1))
+    assert normalizer.return_scale.item() == scale
 
 
 def test_the_replay_is_needed_for_data_transfer_alone_and_a_damaged_checkpoint_left_as_it_is(transfers):
