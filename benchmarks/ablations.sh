@@ -11,13 +11,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source benchmarks/resumable.sh
 what=$1 seed=$2 out=${3:-runs/ablations}
-python=${PYTHON:-python}
 steps=${STEPS:-16000} start=1000
 # Returns of a random policy: 10 to 1,300, 10, 60; 320, 130, 4.
 tasks="drawer-close door-close button-press cartpole-balance walker-stand cheetah-run"
-# The demo's, which learn within this many steps; one core for each run.
-common="--width 128 --actor-width 128 --learning-rate 6e-4 --gamma 0.95 --tau 0.02 --init-temperature 0.01
-    --learning-starts $start --total-steps $steps --eval-interval $((steps / 8)) --eval-episodes 5 --workers 0"
+common="$sizes --learning-starts $start --total-steps $steps --eval-interval $((steps / 8))"
 
 case $what in
 methods)

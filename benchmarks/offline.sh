@@ -10,12 +10,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source benchmarks/resumable.sh
 what=$1 seed=$2 out=${3:-runs/offline}
-python=${PYTHON:-python}
 steps=${STEPS:-12000} start=1000
 updates=$((2 * (steps - start)))
-# The demo's; one core for each run.
-sizes="--width 128 --actor-width 128 --batch-size 128 --learning-rate 6e-4 --gamma 0.95 --tau 0.02
-    --init-temperature 0.01 --eval-episodes 5 --workers 0"
+sizes+=" --batch-size 128"
 
 offline() { # NAME ARGUMENTS...: a run of offline.py on this seed's replay
     local name=$1

@@ -43,7 +43,7 @@ BUSY = "import os; os.nice({nice})\nwhile True: pass"
 
 @dataclass(frozen=True)
 class Args:
-    cases: tuple[Literal["demo", "mw-256", "mw-512", "mw-1024"], ...] = tuple(CASES)
+    cases: tuple[Literal[*CASES], ...] = tuple(CASES)
     """What to train: the demo, or MetaWorld-50 at a width."""
     steps: int = 40
     """Steps to time in each situation; the median counts."""

@@ -27,9 +27,8 @@ from suites.base import Suite, SuiteError
 from suites.results import VIDEO_STRIDE, mean_episode, mean_result, table, write_videos
 
 __all__ = [
-    "BENCHMARKS", "SUITES", "VIDEO_STRIDE", "Suite", "SuiteError", "benchmark", "check",
-    "check_rendering", "make", "mean_episode", "mean_result", "resolve", "resolve_goals", "score", "steps", "table",
-    "write_videos",
+    "BENCHMARKS", "SUITES", "VIDEO_STRIDE", "Suite", "SuiteError", "benchmark", "check", "check_rendering", "make",
+    "mean_episode", "mean_result", "resolve", "resolve_goals", "score", "steps", "table", "write_videos",
 ]  # fmt: skip
 
 # dmc comes last: it owns every remaining `domain-task` name of dm_control.

@@ -144,11 +144,10 @@ def test_model_transfer_starts_from_the_checkpoint(transfers, name, options, spe
 def test_more_steps_at_resume_change_no_interval(transfers, monkeypatch):
     run_dir = transfers.folder / "run"
     monkeypatch.setattr(brc_sac, "evaluate", lambda *inputs: ([{"return": 0.0, "success": 0.0, "score": 0.0}], [[]]))
-    transfers.call(f"model --total-steps 40 --learning-starts 10 --batch-size 16 --checkpoint {transfers.pre} "
-                   f"--task window-open --eval-episodes 2 --workers 0 --run-dir {run_dir}")
-    for total_steps in (40, 80):
-        if total_steps == 80:
-            transfers.call(f"model --resume {run_dir} --total-steps 80")
+    begin = (f"--learning-starts 10 --batch-size 16 --checkpoint {transfers.pre} --task window-open --eval-episodes 2 "
+             f"--workers 0 --run-dir {run_dir}")
+    for total_steps, arguments in ((40, begin), (80, f"--resume {run_dir}")):
+        transfers.call(f"model {arguments} --total-steps {total_steps}")
         facts = json.loads((run_dir / "args.json").read_text())
         assert (facts["total_steps"], facts["eval_interval"], facts["eval_episodes"]) == (total_steps, 2, 2)
 
@@ -441,8 +440,8 @@ def test_a_stopped_tune_goes_on_to_the_same_bits(transfers, monkeypatch, moment)
 
 
 def test_goals_stay_those_of_the_pretraining_where_the_new_task_has_some(transfers):
+    frozen = transfers.copy("frozen", goals="frozen")
     for task, goals in (("window-open", "frozen"), ("cartpole-balance", "fresh")):
-        frozen = transfers.folder / "frozen" if task != "window-open" else transfers.copy("frozen", goals="frozen")
         args = transfers.parse(f"model --checkpoint {frozen} --task {task}")
         assert transfer.learner_args(transfer.load_pretrained(args), "x", task, transfers.folder / "x").goals == goals
 
