@@ -38,7 +38,7 @@ if [ -n "${REHEARSE:-}" ]; then
 else
     device=cuda fast="--compile True --cuda-graph True" width=4096 widths="256 1024 2048 512 8192" loop=mw precisions="tf32 bf16"
     size=""
-    learn="--suite mw --variant release --width 1024 --total-steps 150000 --checkpoint-interval 1000000"
+    learn="--suite mw --variant release --goals fresh --width 1024 --total-steps 150000 --checkpoint-interval 1000000"
 fi
 throughput() { "$python" benchmarks/throughput.py --device $device --seconds 5 "$@"; }
 

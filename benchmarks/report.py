@@ -13,8 +13,9 @@ two runs of one seed are refused. Intervals are rliable's stratified bootstrap o
 with three seeds they show how far the seeds are apart, and no more. Curves are drawn at the steps that all seeds of a
 method have.
 
-The authors' curves (results/official.csv.gz) are returns and successes per task and seed, of their release, with frozen
-goals in MetaWorld; `-single` is their single-task agents, `cpu` two tasks of their code at width 256 on a CPU.
+The authors' curves (results/official.csv.gz) are returns and successes per task and seed; `-single` is their single-task
+agents, `cpu` two tasks of their code at width 256 on a CPU. To lay runs beside those of MetaWorld, give them fresh goals
+(benchmarks/README.md says why).
 """
 
 import csv
@@ -171,9 +172,8 @@ def read_official(names: Sequence[str], metric: str) -> dict[str, Method]:
         known = dict.fromkeys(row["exp_name"].removeprefix("authors-") for row in rows)
         if name not in known:
             raise UsageError(f"No curves of the authors are called '{name}': the names are {', '.join(known)}.")
-        goals = ", frozen goals" * (name in ("mw", "mw-single"))
         method = Method(official=True, single=name == "cpu" or name.endswith("-single"))
-        methods[f"authors, {name}{goals}"] = method
+        methods[f"authors, {name}"] = method
         for row in rows:
             if row["exp_name"] == f"authors-{name}" and metric in (row["metric"], "score"):
                 if metric == "score":
