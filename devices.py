@@ -223,6 +223,8 @@ def gather(item: Any) -> list[Any]:
 
 def add(tensors: list[torch.Tensor]) -> None:
     """Makes each tensor the sum of every rank's."""
+    if not dist.is_initialized():
+        return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat)
     pieces = flat.split([tensor.numel() for tensor in tensors])

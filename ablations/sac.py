@@ -3,10 +3,11 @@
     python ablations/sac.py --tasks reach           single-task SAC
     python ablations/sac.py --suite demo            the same network on all tasks; the figure's is mh_sac.py
 
-Two critics and an actor of two dense layers of 256 units, mean squared error, the minimum of both critics in the target
-and in the actor's loss, raw rewards, no weight decay. What is neither network nor loss stays BRC's, so that it cannot
-be what makes the difference: updates per step, batch, step sizes, initial temperature, target entropy, orthogonal
-initial weights. The one-hot in place of the embedding is that of Meta-World's multi-task SAC (Yu et al. 2019).
+Two critics and an actor of two dense layers of 256 units (with the suite demo an actor of its 128), mean squared error,
+the minimum of both critics in the target and in the actor's loss, raw rewards, no weight decay. What is neither network
+nor loss stays BRC's, so that it cannot be what makes the difference: updates per step, batch, step sizes, initial
+temperature, target entropy, orthogonal initial weights. The one-hot in place of the embedding is that of Meta-World's
+multi-task SAC (Yu et al. 2019).
 """
 
 import dataclasses

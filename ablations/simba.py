@@ -2,9 +2,8 @@
 
     python ablations/simba.py --suite demo          every argument, output and --resume as of brc_sac.py
 
-Blocks x + W2 relu(W1 LN(x)) that widen to 4 H, a last LayerNorm, and observations normalised by their running mean and
-variance, of the sampled batches (in SimBa of every step). A block has 8 H^2 weights and BroNet's 2 H^2, so compare at
-equal parameters, which every run prints. The actor stays BroNet.
+Blocks x + W2 relu(W1 LN(x)) that widen to 4 H, a last LayerNorm, and observations normalised by the running moments of
+sampled batches (in SimBa of every step). With 8 H^2 weights a block has four times BroNet's. The actor stays BroNet.
 """
 
 import sys
@@ -46,11 +45,12 @@ class SimbaCritic(brc_sac.Critic):
 
 class SimbaAgent(brc_sac.Agent):
     def update(self, batch, *noise):
+        moments, count = self.share * torch.stack([batch.obs, batch.obs.square()]).mean(1), len(batch.obs) / self.share
+        brc_sac.devices.add([moments])  # of all ranks' batches
         for critic in (self.critic, self.target):  # Polyak averages parameters only
-            delta, share = batch.obs.mean(0) - critic.mean, len(batch.obs) / (critic.count + len(batch.obs))
-            critic.var.lerp_(batch.obs.var(0, correction=0), share).add_(share * (1 - share) * delta.square())
+            delta, share = moments[0] - critic.mean, count / critic.count.add_(count)
+            critic.var.lerp_(moments[1] - moments[0].square(), share).add_(share * (1 - share) * delta.square())
             critic.mean.add_(share * delta)
-            critic.count.add_(len(batch.obs))
         return super().update(batch, *noise)
 
 

@@ -8,6 +8,10 @@
 # S is the seed. Stopped, it goes on when it is called again. Results: DIR/*/metrics.csv, and for the methods
 # DIR/*/diagnostics; benchmarks/report.py draws and tabulates them.
 set -euo pipefail
+if [ $# -lt 2 ]; then
+    echo "ablations.sh: $# arguments: give methods, widths or single, and a seed." >&2
+    exit 2
+fi
 cd "$(dirname "$0")/.."
 source benchmarks/resumable.sh
 what=$1 seed=$2 out=${3:-runs/ablations}

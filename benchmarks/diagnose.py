@@ -57,7 +57,7 @@ def load_program(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(found.stem, found)
     module = sys.modules[found.stem] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module = module if hasattr(module, "Agent") else getattr(module, "brc_sac", module)
+    module = module if hasattr(module, "ReplayBuffer") else getattr(module, "brc_sac", module)
     if not hasattr(module, "ReturnNormalizer") or not hasattr(module, "sample_action"):
         raise UsageError(f"The run is of {path.name}: give one of brc_sac.py, of a copy of it, or of ablations/.")
     return module
@@ -66,6 +66,9 @@ def load_program(path: Path) -> ModuleType:
 def load_run(run_dir: Path, device: str) -> tuple:
     """Arguments, agent, normaliser, replay and step of the last checkpoint, in eager float32. Raises UsageError."""
     _, facts = harness.read_args(run_dir, Args)
+    if facts["ranks"] > 1:
+        raise UsageError(f"{run_dir} is a run of {facts['ranks']} processes, each of which keeps the replay of its own "
+                         "tasks: give one of a single process.")
     program = load_program(Path(facts.get("agent", facts["program"])))
     args, _ = harness.read_args(run_dir, program.Args)
     args = dataclasses.replace(args, compile=False, precision="fp32")
@@ -113,8 +116,8 @@ def conflicts(gram: np.ndarray) -> np.ndarray:
 
 
 def principal_components(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first two coordinates [N, 2] of rows [N, D > 1], and their shares of the variance [2]."""
-    centred = rows - rows.mean(0)
+    """The first two coordinates [N, 2] of rows [N, D], and their shares of the variance [2]."""
+    centred = np.pad(rows - rows.mean(0), ((0, 0), (0, max(0, 2 - rows.shape[1]))))
     _, scale, axes = np.linalg.svd(centred, full_matrices=True)
     axes *= np.sign(axes[np.arange(len(axes)), np.abs(axes).argmax(1)])[:, None]  # a sign that repeats
     variance = np.append(scale, 0)[:2] ** 2
@@ -164,8 +167,14 @@ def main(args: Args | None = None) -> list[tuple]:
     """The program; returns the rows of diagnostics.csv."""
     args = args or tyro.cli(Args, description=__doc__.split("\n\n")[0])
     harness.check_range(args, 1, float("inf"), "batch_per_task")
+    harness.check_range(args, 0, 2**63 - 1, "seed")
     import torch
     run_args, agent, normalizer, buffer, env_step = load_run(args.run_dir, args.device)
+    out = args.out or args.run_dir / "diagnostics"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{out} cannot be made ({error.strerror}): give another --out.") from None
     torch.manual_seed(args.seed)
     metrics = diagnose(run_args, agent, normalizer, task_batches(buffer, args.batch_per_task), 1e9 * args.gradient_gb)
     rows = []
@@ -175,8 +184,6 @@ def main(args: Args | None = None) -> list[tuple]:
             summary["relative_std"] = values.std() / max(values.mean(), 1e-30)
         rows += [(metric, *row) for row in (*zip(run_args.tasks, values, strict=True), *summary.items())]
         print(metric.ljust(16) + ", ".join(f"{name} {value:.4g}" for name, value in summary.items()))
-    out = args.out or args.run_dir / "diagnostics"
-    out.mkdir(parents=True, exist_ok=True)
     if isinstance(agent.critic.embedding, torch.nn.Module):  # not in single-task mode, nor a one-hot or heads
         points, shares = principal_components(agent.critic.embed(agent.task_ids).detach().cpu().double().numpy())
         rows += [(f"embedding_pc{k + 1}", *row) for k in range(2)

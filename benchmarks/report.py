@@ -7,20 +7,23 @@
     python benchmarks/report.py runs/select/embedding_map.csv --out map.png               the map of --full-map
 
 A panel per task, and one for the mean over the tasks that all methods ran. Runs are one method if they have one
-exp_name and one set of arguments in their args.json, but for those that no result depends on; where one name has
-several sets, what differs is added to it. A method's tasks may be spread over runs (a run per task), its seeds must be:
-two runs of one seed are refused. Intervals are rliable's stratified bootstrap over seeds (Agarwal et al. 2021), 95 %:
-with three seeds they show how far the seeds are apart, and no more. Curves are drawn at the steps that all seeds of a
-method have.
+exp_name and one set of arguments in their args.json, but for those that no result depends on, and for the checkpoint
+or data that a run began with, which may be its seed's; where one name has several sets, what differs is added to it. A
+method's tasks may be spread over runs (a run per task), its seeds must be: two runs of one seed are refused. Intervals
+are rliable's bootstrap over seeds (Agarwal et al. 2021), 95 %: with three seeds they show how far the seeds are apart,
+and no more. For a mean over tasks, a network's tasks are drawn together, and networks of one task each for every task
+anew (stratified). Curves are drawn at the steps that all seeds of a method have.
 
-The authors' curves (results/official.csv.gz) are returns and successes per task and seed; `-single` is their single-task
-agents, `cpu` two tasks of their code at width 256 on a CPU. To lay runs beside those of MetaWorld, give them fresh goals
-(benchmarks/README.md says why).
+The authors' curves (results/official.csv.gz) are returns and successes per task and seed; `-single` is their
+single-task agents, `cpu` two tasks of their code at width 256 on a CPU. To lay runs beside those of MetaWorld, give
+them fresh goals (benchmarks/README.md says why).
 """
 
 import csv
 import gzip
 import json
+import math
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -38,7 +41,7 @@ from harness import UsageError  # noqa: E402
 OFFICIAL = Path(__file__).resolve().parent / "results" / "official.csv.gz"
 
 # In args.json, but no setting of the method: facts about the run, and arguments that no result depends on.
-FREE = {"format", "run_id", "program", "go_on", "git_commit", "command", "threads", "threads_given", "hardware",
+FREE = {"format", "run_id", "go_on", "git_commit", "command", "threads", "threads_given", "hardware",
         "versions", "resumed", "updates", "seed", "exp_name", "run_dir", "resume", "evaluate", "device",
         "replay_device", "workers", "assets", "track", "capture_video", "log_interval", "checkpoint_interval",
         "eval_interval", "save_replay", "compile", "cuda_graph", "total_steps", "suite", "split", "pad_to",
@@ -83,23 +86,26 @@ class Method:
     curves: dict[str, dict[int, dict[int, float]]] = field(default_factory=dict)  # task -> seed -> env step -> value
     files: dict[tuple[str, int], Path] = field(default_factory=dict)  # of each task and seed
     total_steps: int | None = None
-    learning_starts: int = 5000
+    learning_starts: int | None = None
     updates_per_step: int = 2
     official: bool = False
     single: bool = False  # a network per task
 
     def add(self, path: Path, rows: list[dict]) -> None:
         for row in rows:
-            task, seed = row["env_name"], int(row["seed"])
+            task, seed = row["env_name"], row["seed"]
             if self.files.setdefault((task, seed), path) != path:
                 raise UsageError(f"{self.files[task, seed].parent} and {path.parent} are both seed {seed} of "
                                  f"{row['exp_name']} on {task}, with the same arguments: leave one of them out.")
-            self.curves.setdefault(task, {}).setdefault(seed, {})[int(row["env_step"])] = float(row["value"])
+            self.curves.setdefault(task, {}).setdefault(seed, {})[row["env_step"]] = row["value"]
 
     def x_of(self, steps: list[int], x: str, num_tasks: int) -> np.ndarray:
-        """Positions on the x axis of evaluations of `num_tasks` tasks at `steps`."""
+        """Positions on the x axis of evaluations of `num_tasks` tasks at `steps`. Raises UsageError."""
         if x == "steps":
             return np.array(steps)
+        if self.learning_starts is None:
+            raise UsageError(f"{next(iter(self.files.values()))} has no args.json beside it, which says how many "
+                             "updates a step has: give run directories, or --x steps.")
         networks = num_tasks if self.single else 1
         return np.maximum(0, np.array(steps) - self.learning_starts) * self.updates_per_step * networks
 
@@ -111,23 +117,34 @@ def read_rows(path: Path) -> list[dict]:
     """The rows of a metrics.csv, packed or not. Raises UsageError."""
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", newline="") as file:
-            return [row for row in csv.DictReader(file) if row["env_name"] != "mean"]
-    except (OSError, KeyError, ValueError) as error:
+            return [{"exp_name": row["exp_name"], "env_name": row["env_name"], "seed": int(row["seed"]),
+                     "metric": row["metric"], "env_step": int(row["env_step"]), "value": float(row["value"])}
+                    for row in csv.DictReader(file) if row["env_name"] != "mean"]
+    except (OSError, EOFError, LookupError, TypeError, ValueError, csv.Error) as error:
         raise UsageError(f"{path} cannot be read ({error!r}): give run directories or their metrics.csv.") from None
 
 
-def settings_of(path: Path) -> dict[str, str]:
-    """The arguments in args.json beside a metrics.csv that make up the method; none where there is no such file."""
+def read_facts(path: Path) -> dict[str, Any]:
+    """The args.json beside a metrics.csv, empty where there is none. Raises UsageError."""
     try:
         facts = json.loads((path.parent / "args.json").read_text())
+        return {name: facts[name] for name in ("tasks", "total_steps", "learning_starts", "updates_per_step")} | facts
     except FileNotFoundError:
         return {}
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        raise UsageError(f"{path.parent / 'args.json'} is not that of a run ({error!r}): leave that directory out, or "
+                         "give its metrics.csv in a folder without args.json.") from None
+
+
+def settings_of(facts: dict[str, Any]) -> dict[str, str]:
+    """The arguments among a run's `facts` that make up the method."""
+    facts = facts | {name: Path(facts[name]).name for name in ("program", "agent") if name in facts}
     for name, value in list(facts.items()):
         if isinstance(value, dict):  # transfer.py's own arguments
             more = facts.pop(name)
             facts |= {f"{name}.{inner}": of_inner for inner, of_inner in more.items() if inner not in facts}
-    tasks = facts.get("tasks") or ()
-    facts["tasks"] = "one each" if len(tasks) == 1 else ",".join(tasks)
+    if "tasks" in facts:
+        facts["tasks"] = "one each" if len(facts["tasks"]) == 1 else ",".join(facts["tasks"])
     return {name: str(value) for name, value in facts.items()
             if value is not None and not {name.split(".")[0], name.split(".")[-1]} & FREE}
 
@@ -140,24 +157,30 @@ def read_methods(paths: Sequence[Path], metric: str) -> dict[str, Method]:
     files = {file.resolve(): file for path in paths
              for file in (sorted(path.rglob("metrics.csv")) if path.is_dir() else [path])}
     runs: dict[str, list] = {}  # by exp_name
+    without: list[Path] = []
     for file in files.values():
         rows = [row for row in read_rows(file) if row["metric"] == metric]
+        without += [] if rows else [file]
         for name in dict.fromkeys(row["exp_name"] for row in rows):
             of_name = [row for row in rows if row["exp_name"] == name]
-            runs.setdefault(name, []).append((file, of_name, settings_of(file)))
+            runs.setdefault(name, []).append((file, of_name, read_facts(file)))
     methods: dict[str, Method] = {}
     for name, of_name in runs.items():
-        names = sorted({key for *_, settings in of_name for key in settings})
-        differs = [key for key in names if len({settings.get(key) for *_, settings in of_name}) > 1]
-        for file, rows, settings in of_name:
+        known = [settings_of(facts) for *_, facts in of_name if facts]
+        differs = [key for key in sorted(set().union(*known)) if len({settings.get(key) for settings in known}) > 1]
+        for file, rows, facts in of_name:
+            settings = settings_of(facts)
             suffix = ", ".join(f"{key} {settings.get(key, 'unset')}" for key in differs)
+            if known and not facts:
+                suffix = "no args.json"
             method = methods.setdefault(f"{name} ({suffix})" if suffix else name, Method())
             method.add(file, rows)
-            if (path := file.parent / "args.json").exists():
-                facts = json.loads(path.read_text())
+            if facts:
                 method.total_steps = max(method.total_steps or 0, facts["total_steps"])
                 method.learning_starts, method.updates_per_step = facts["learning_starts"], facts["updates_per_step"]
                 method.single = len(facts["tasks"]) == 1
+    if methods and without:
+        print(f"Without any evaluation of '{metric}', and left out: {', '.join(map(str, without))}", file=sys.stderr)
     if paths and not methods:
         raise UsageError(f"{', '.join(map(str, paths))} has no evaluation of '{metric}' yet: give the directories of "
                          "runs after their first one, or another --metric.")
@@ -172,17 +195,35 @@ def read_official(names: Sequence[str], metric: str) -> dict[str, Method]:
         known = dict.fromkeys(row["exp_name"].removeprefix("authors-") for row in rows)
         if name not in known:
             raise UsageError(f"No curves of the authors are called '{name}': the names are {', '.join(known)}.")
-        method = Method(official=True, single=name == "cpu" or name.endswith("-single"))
+        method = Method(official=True, learning_starts=5000, single=name == "cpu" or name.endswith("-single"))
         methods[f"authors, {name}"] = method
         for row in rows:
             if row["exp_name"] == f"authors-{name}" and metric in (row["metric"], "score"):
                 if metric == "score":
-                    value = float(row["value"])
-                    row = row | {"value": suites.score(row["env_name"], value, value)}
+                    row = row | {"value": suites.score(row["env_name"], row["value"], row["value"])}
                 method.add(OFFICIAL, [row])
         if not method.curves:
             raise UsageError(f"The authors' curves '{name}' have no {metric}: give --metric score.")
     return methods
+
+
+def is_map(path: Path) -> bool:
+    """Whether a CSV file is an embedding_map.csv, and neither a metrics.csv nor a table of --csv."""
+    header = path.read_text(errors="replace").partition("\n")[0]
+    return header.startswith("task,") and not header.startswith("task,method,")
+
+
+def read_map(path: Path) -> tuple[list[str], list[str], list[list[float]]]:
+    """New tasks, pretrained embeddings, and the scores of each of these on each of those. Raises UsageError."""
+    with open(path, newline="", errors="replace") as file:
+        (_, *embeddings), *rows = csv.reader(file)
+    try:
+        scores = [[float(value) for value in values] for _, *values in rows]
+    except ValueError:
+        scores = []
+    if not scores or {len(values) for values in scores} != {len(embeddings)}:
+        raise UsageError(f"{path} is no complete embedding_map.csv: give one that transfer.py --full-map has written.")
+    return [task for task, *_ in rows], embeddings, scores
 
 
 # ------------------------------------------------------------------------------------------------------ statistics
@@ -196,7 +237,7 @@ def matrix(tasks: dict[str, dict[int, dict[int, float]]]) -> tuple[list[int], np
 
 
 def interval(values: np.ndarray, reps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Means over seeds and tasks of values [seeds, tasks, steps], and their 95 % intervals [2, steps]."""
+    """Means over seeds and strata of values [seeds, strata, steps], and their 95 % intervals [2, steps]."""
     from rliable import library
 
     if len(values) == 1:  # one seed says nothing about others
@@ -229,8 +270,9 @@ def evaluate(args: Args, panel: str, name: str, method: Method, tasks: Sequence[
     if not steps or not len(values):
         print(f"{name} has no seed or no step in common on {panel}: left out there.", file=sys.stderr)
         return None
-    mean, (low, high) = interval(values, args.reps)
-    average, (average_low, average_high) = interval(values.mean(-1, keepdims=True), args.reps)
+    strata = values if method.single else values.mean(1, keepdims=True)
+    mean, (low, high) = interval(strata, args.reps)
+    average, (average_low, average_high) = interval(strata.mean(-1, keepdims=True), args.reps)
     budget, rows = args.budget or method.total_steps or steps[-1], []
     for share in args.at:
         row = {"task": panel, "method": name, "seeds": len(values), "at": share}
@@ -254,8 +296,8 @@ def panels(args: Args, methods: dict[str, Method]) -> dict[str, list[str]]:
     shared = [task for task in tasks if all(task in method.curves for method in methods.values())]
     if args.mean_only and not shared:
         raise UsageError("No task is in all of these methods, so there is no mean to compare: leave --mean-only out.")
-    return ({} if args.mean_only else {task: [task] for task in tasks}) | ({"mean": shared} if len(shared) > 1
-                                                                           or args.mean_only else {})
+    mean = {f"mean of {len(shared)} tasks": shared} if len(shared) > 1 or args.mean_only else {}
+    return mean if args.mean_only else {task: [task] for task in tasks} | mean
 
 
 # ---------------------------------------------------------------------------------------------------------- output
@@ -269,7 +311,8 @@ def draw(args: Args, results: dict[str, dict[str, Result]], methods: dict[str, M
     rows = -(-len(results) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(0.5 + 3.2 * columns, 0.6 + 2.4 * rows), squeeze=False,
                                 sharey=args.metric != "return", layout="constrained")
-    colors = {name: f"C{index}" for index, name in enumerate(methods)}
+    palette = plt.get_cmap("tab10" if len(methods) <= 10 else "tab20").colors
+    colors = {name: palette[index % len(palette)] for index, name in enumerate(methods)}
     for ax, (panel, of_panel) in zip(axes.flat, results.items()):
         for name, result in of_panel.items():
             if len(result.steps) > 1:
@@ -352,11 +395,10 @@ def table(args: Args, rows: list[list[dict]]) -> str:
                   for row in shares]
         cells.append("{mean:.3f} [{mean_low:.3f}, {mean_high:.3f}]".format(**first))
         if "reached" in first:
-            times = [step for step in first["reached"] if step is not None]
-            # Of seeds that never reach it the time is infinite: the median exists if it is not.
-            ordered = sorted(times) + [None] * (first["seeds"] - len(times))
-            median = ordered[(len(ordered) - 1) // 2]
-            cells.append(f"{'never' if median is None else f'{median:,}'}, {len(times)} of {first['seeds']}")
+            times = [math.inf if step is None else step for step in first["reached"]]
+            median = statistics.median(times)
+            cells.append(f"{'never' if median == math.inf else f'{median:,.0f}'}, "
+                         f"{sum(map(math.isfinite, times))} of {len(times)}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -375,14 +417,25 @@ def write_csv(path: Path, rows: list[list[dict]]) -> None:
         writer.writerows(flat)
 
 
+def check(args: Args) -> None:
+    """Raises UsageError for arguments that no figure or table can be made with."""
+    harness.check_range(args, 1, float("inf"), "budget", "columns", "reps")
+    if not args.at or not all(0 < share <= 1 for share in args.at):
+        raise UsageError(f"--at is {' '.join(map(str, args.at)) or 'empty'}: give shares of the budget from above 0 "
+                         "to 1.")
+    for path in filter(None, (args.out, args.csv)):
+        if path.is_dir() or not path.parent.is_dir():
+            raise UsageError(f"{path} cannot be written: give a file in a folder that exists.")
+    if args.out.suffix not in (".png", ".pdf", ".svg"):
+        raise UsageError(f"--out is {args.out}: give a name that ends in .png, .pdf or .svg.")
+
+
 def main(args: Args | None = None) -> None:
     args = args or tyro.cli(Args, description=__doc__.split("\n\n")[0])
+    check(args)
     for path in args.runs:
-        if path.suffix == ".csv" and path.is_file() and path.read_text().startswith("task,"):
-            with open(path, newline="") as file:
-                (_, *embeddings), *rows = csv.reader(file)
-            return draw_map(args.out, [row[0] for row in rows], embeddings,
-                            [[float(value) for value in row[1:]] for row in rows])
+        if path.suffix == ".csv" and path.is_file() and is_map(path):
+            return draw_map(args.out, *read_map(path))
     if not args.runs and not args.official:
         raise UsageError("Nothing to draw: give run directories, --official, or both.")
     methods = read_methods(args.runs, args.metric) | read_official(args.official, args.metric)
@@ -394,10 +447,10 @@ def main(args: Args | None = None) -> None:
     rows = [result.rows for of_panel in results.values() for result in of_panel.values()]
     if not rows:
         raise UsageError("No method has a step that all of its seeds share: give runs that have been evaluated alike.")
-    draw(args, results, methods)
     if args.csv:
         write_csv(args.csv, rows)
     print(table(args, rows))
+    draw(args, results, methods)
 
 
 if __name__ == "__main__":

@@ -206,9 +206,10 @@ def test_mlp_by_hand():
 def test_simba_by_hand():
     load("simba")
     agent, batches, embedding = make_agent(critic_depth=1), [make_batch(), make_batch(4)], torch.randn(6, 2)
-    for batch in batches:
+    brc_sac.devices.add = lambda tensors: [tensor.mul_(1 / agent.share) for tensor in tensors]  # as of two equal ranks
+    for agent.share, batch in ((1, batches[0]), (1, batches[1]), (0.5, batches[1])):
         agent.update(batch, *torch.randn(2, len(batch.obs), 2))
-    obs, batch = torch.cat([batch.obs for batch in batches]), batches[0]
+    obs, batch = torch.cat([batches[i].obs for i in (0, 1, 1, 1)]), batches[0]
     for critic in (agent.critic, agent.target):
         torch.testing.assert_close(critic.mean, obs.mean(0), rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(critic.var, obs.var(0, correction=0), rtol=1e-3, atol=1e-4)
@@ -259,6 +260,8 @@ def test_gram_matrix_conflicts_and_principal_components_by_hand(max_bytes):
     points, shares = diagnose.principal_components(np.array([[1.0, 1, 0], [4, 5, 0], [7, 9, 0]]))
     np.testing.assert_allclose(points, [[-5, 0], [0, 0], [5, 0]], atol=1e-12)
     np.testing.assert_allclose(shares, [1, 0], atol=1e-12)
+    points, shares = diagnose.principal_components(np.array([[1.0], [5]]))  # --embedding-dim 1
+    assert points.tolist() == [[-2, 0], [2, 0]] and shares.tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("script", ["brc_sac.py", "ablations/mse.py", "ablations/mh_sac.py"])
@@ -294,3 +297,10 @@ def test_diagnoses_a_run_and_only_reads_it(script, tmp_path):
     losses = [rows["td_loss", task] for task in args.tasks]
     assert rows["td_loss", "std"] == pytest.approx(abs(losses[0] - losses[1]) / 2)
     assert rows["td_loss", "relative_std"] == pytest.approx(rows["td_loss", "std"] / (sum(losses) / 2))
+
+    Path("file").touch()
+    with pytest.raises(harness.UsageError, match="out cannot be made"):
+        diagnose.main(diagnose.Args(Path("run"), out=Path("file/out")))
+    Path("run/args.json").write_text(json.dumps(json.loads(Path("run/args.json").read_text()) | {"ranks": 2}))
+    with pytest.raises(harness.UsageError, match="a run of 2 processes"):
+        diagnose.main(diagnose.Args(Path("run")))

@@ -78,10 +78,59 @@ def test_seeds_of_one_setting_are_averaged_and_other_settings_stand_apart(tmp_pa
         ("idea (width 128)", "1", "10", "1.000"), ("idea (width 128)", "1", "20", "1.000")]
     assert rows[1]["low"] == "0.500" and rows[1]["high"] == "1.000" and rows[0]["reached"] == "never 20"
     assert (tmp_path / "out.png").stat().st_size < 60_000
-    assert "authors, mw | 5 |" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "authors, mw | 5 |" in out and "| never, 1 of 2 |" in out  # the median of 20 and never
     make_run(tmp_path / "again", 0, {"reach": [1.0, 1.0]}, tasks=["reach", "push"])
     with pytest.raises(harness.UsageError, match="both seed 0 of idea on reach"):
         report.read_methods([tmp_path], "score")
+
+
+@pytest.mark.parametrize(("single", "low", "high"), [(False, 0, 1), (True, 0.125, 0.875)])
+def test_seeds_are_drawn_for_all_tasks_of_a_network_at_once(single, low, high):
+    """Three seeds at 0, 0.5 and 1 on both tasks: all equal in 1 of 27 draws, and with two draws in 1 of 729."""
+    curves = {task: {seed: {10: seed / 2} for seed in range(3)} for task in ("reach", "push")}
+    method = report.Method(curves=curves, single=single)
+    (row,) = report.evaluate(report.Args(), "mean", "idea", method, list(curves)).rows
+    assert row["value"] == row["mean"] == 0.5 and (row["low"], row["high"]) == pytest.approx((low, high), abs=0.05)
+
+
+def test_runs_with_and_without_arguments_stand_apart(tmp_path):
+    make_run(tmp_path / "0", 0, {"reach": [0.0, 0.5]}, program="/here/idea.py")
+    make_run(tmp_path / "1", 1, {"reach": [0.0, 0.5]}, program="/there/idea.py")
+    make_run(tmp_path / "2", 2, {"reach": [0.0, 0.5]}, program="/here/other.py")
+    make_run(tmp_path / "3", 3, {"reach": [0.0, 0.5]})
+    (tmp_path / "3" / "args.json").unlink()
+    methods = report.read_methods([tmp_path], "score")
+    assert {name: len(method.files) for name, method in methods.items()} == {
+        "idea (program idea.py)": 2, "idea (program other.py)": 1, "idea (no args.json)": 1}
+    with pytest.raises(harness.UsageError, match="has no args.json beside it"):
+        methods["idea (no args.json)"].x_of([10], "updates", 1)
+
+
+@pytest.mark.parametrize(("name", "text", "message"), [
+    ("metrics.csv", "exp_name,env_name,seed,metric,env_step,value\nidea,reach,0,score,30", "cannot be read"),
+    ("metrics.csv", "exp_name,env_name,seed,metric,env_step,value\nidea,reach,0,score,30,abc", "cannot be read"),
+    ("metrics.csv", "exp_name,env_name,seed,env_step,value\nidea,reach,0,30,1", "cannot be read"),
+    ("args.json", "{", "not that of a run"), ("args.json", "[]", "not that of a run"),
+    ("args.json", "{}", "not that of a run"), ("table.csv", "task,method,seeds\nreach,idea,1", "cannot be read"),
+    ("map.csv", "task,reach,push\n", "no complete embedding_map.csv"),
+    ("map.csv", "task,reach,push\nsweep,0.5", "no complete embedding_map.csv")])
+def test_damaged_files_are_refused_in_a_sentence(tmp_path, name, text, message):
+    make_run(tmp_path / "run", 0, {"reach": [0.0, 0.5]})
+    (tmp_path / "run" / name).write_text(text)
+    given = tmp_path / "run" / name if name in ("table.csv", "map.csv") else tmp_path
+    with pytest.raises(harness.UsageError, match=message):
+        report.main(report.Args((given,), out=tmp_path / "out.png"))
+    assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (dict(columns=0), "--columns is 0"), (dict(reps=0), "--reps is 0"), (dict(budget=-5), "--budget is -5"),
+    (dict(at=()), "--at is empty"), (dict(at=(0.5, 2)), "--at is 0.5 2"), (dict(csv=ROOT), "cannot be written"),
+    (dict(out=ROOT / "none" / "x.png"), "cannot be written"), (dict(out=ROOT / "x.foo"), "ends in .png, .pdf or .svg")])
+def test_arguments_of_the_report_are_checked_before_it_reads(arguments, message):
+    with pytest.raises(harness.UsageError, match=message):
+        report.main(report.Args(official=("mw",), **arguments))
 
 
 def test_updates_count_every_network_of_single_task_runs():
@@ -93,7 +142,8 @@ def test_updates_count_every_network_of_single_task_runs():
 @pytest.mark.parametrize(("command", "message"), [
     ("throughput.py --cuda-graph True --device cpu", "NVIDIA GPU"), ("report.py {}", "no evaluation of 'score' yet"),
     ("report.py --official mv", "the names are cpu"), ("env_steps.py --suites mv", "Unknown suite"),
-    ("gpu_day.sh dance {}", "unknown piece 'dance'")])
+    ("gpu_day.sh dance {}", "unknown piece 'dance'"), ("ablations.sh dance 0 {}", "unknown piece 'dance'"),
+    ("ablations.sh methods", "1 arguments"), ("metaworld.sh 128", "1 arguments")])
 def test_what_cannot_be_measured_is_refused_in_a_sentence(tmp_path, command, message):
     (tmp_path / "metrics.csv").write_text("exp_name,env_name,seed,metric,env_step,value\n")
     script, *arguments = command.format(tmp_path).split()
