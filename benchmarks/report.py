@@ -128,7 +128,8 @@ def read_facts(path: Path) -> dict[str, Any]:
     """The args.json beside a metrics.csv, empty where there is none. Raises UsageError."""
     try:
         facts = json.loads((path.parent / "args.json").read_text())
-        return {name: facts[name] for name in ("tasks", "total_steps", "learning_starts", "updates_per_step")} | facts
+        needed = ("tasks", "total_steps", "learning_starts", "updates_per_step")
+        return {name: facts[name] for name in needed} | facts
     except FileNotFoundError:
         return {}
     except (OSError, LookupError, TypeError, ValueError) as error:
@@ -138,7 +139,7 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 def settings_of(facts: dict[str, Any]) -> dict[str, str]:
     """The arguments among a run's `facts` that make up the method."""
-    facts = facts | {name: Path(facts[name]).name for name in ("program", "agent") if name in facts}
+    facts = facts | {name: Path(facts[name]).name for name in ("program", "agent") if facts.get(name)}
     for name, value in list(facts.items()):
         if isinstance(value, dict):  # transfer.py's own arguments
             more = facts.pop(name)
@@ -166,12 +167,12 @@ def read_methods(paths: Sequence[Path], metric: str) -> dict[str, Method]:
             runs.setdefault(name, []).append((file, of_name, read_facts(file)))
     methods: dict[str, Method] = {}
     for name, of_name in runs.items():
-        known = [settings_of(facts) for *_, facts in of_name if facts]
-        differs = [key for key in sorted(set().union(*known)) if len({settings.get(key) for settings in known}) > 1]
-        for file, rows, facts in of_name:
-            settings = settings_of(facts)
-            suffix = ", ".join(f"{key} {settings.get(key, 'unset')}" for key in differs)
-            if known and not facts:
+        settings = [settings_of(facts) for *_, facts in of_name]
+        known = [of_run for of_run in settings if of_run]
+        differs = [key for key in sorted(set().union(*known)) if len({of_run.get(key) for of_run in known}) > 1]
+        for (file, rows, facts), of_run in zip(of_name, settings, strict=True):
+            suffix = ", ".join(f"{key} {of_run.get(key, 'unset')}" for key in differs)
+            if known and not of_run:
                 suffix = "no args.json"
             method = methods.setdefault(f"{name} ({suffix})" if suffix else name, Method())
             method.add(file, rows)
@@ -209,7 +210,8 @@ def read_official(names: Sequence[str], metric: str) -> dict[str, Method]:
 
 def is_map(path: Path) -> bool:
     """Whether a CSV file is an embedding_map.csv, and neither a metrics.csv nor a table of --csv."""
-    header = path.read_text(errors="replace").partition("\n")[0]
+    with open(path, errors="replace") as file:
+        header = file.readline()
     return header.startswith("task,") and not header.startswith("task,method,")
 
 
