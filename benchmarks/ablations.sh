@@ -5,8 +5,8 @@
 #     benchmarks/ablations.sh widths S [DIR]     BRC with 32, 64 and 256 units in place of 128
 #     benchmarks/ablations.sh single S [DIR]     BRC and BRO on every task alone, with a quarter of the batch
 #
-# S is the seed. Stopped, it goes on when it is called again. Results: DIR/*/metrics.csv, and for the methods
-# DIR/*/diagnostics; benchmarks/report.py draws and tabulates them.
+# S is the seed. Stopped, it goes on when it is called again. Results: DIR/*/metrics.csv, and for five
+# methods DIR/*/diagnostics; benchmarks/report.py draws and tabulates them.
 set -euo pipefail
 if [ $# -lt 2 ]; then
     echo "ablations.sh: $# arguments: give methods, widths or single, and a seed." >&2
@@ -20,14 +20,22 @@ steps=${STEPS:-16000} start=1000
 tasks="drawer-close door-close button-press cartpole-balance walker-stand cheetah-run"
 common="$sizes --learning-starts $start --total-steps $steps --eval-interval $((steps / 8))"
 
+followed() { # NAME SCRIPT ARGUMENTS...: that run, with diagnose.py on each of its checkpoints
+    (until [ -e "$out/$1/args.json" ]; do sleep 1; done
+     exec "$python" benchmarks/diagnose.py "$out/$1" --follow --device cpu) &
+    run "$@"
+    wait
+}
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+
 case $what in
 methods)
-    run "brc-$seed" brc_sac.py --tasks $tasks $common --batch-size 128 --exp-name brc
-    for name in mse mse_raw mlp simba separate_heads mse_heads sac mh_sac; do
-        run "$name-$seed" ablations/$name.py --tasks $tasks $common --batch-size 128 --exp-name $name
+    followed "brc-$seed" brc_sac.py --tasks $tasks $common --batch-size 128 --exp-name brc
+    for name in mse mse_raw separate_heads mlp; do
+        followed "$name-$seed" ablations/$name.py --tasks $tasks $common --batch-size 128 --exp-name $name
     done
-    for name in brc mse mse_raw separate_heads mlp; do
-        "$python" benchmarks/diagnose.py "$out/$name-$seed" --device cpu
+    for name in simba mse_heads sac mh_sac; do
+        run "$name-$seed" ablations/$name.py --tasks $tasks $common --batch-size 128 --exp-name $name
     done
     ;;
 widths)

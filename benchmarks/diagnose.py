@@ -1,9 +1,12 @@
-"""What a run's tasks do to each other: the paper's diagnostics (Figures 3, 5 and 7) from its last checkpoint.
+"""What a run's tasks do to each other: the paper's diagnostics (Figures 3, 5 and 7) from its checkpoints.
 
-    python benchmarks/diagnose.py runs/<run>
+    python benchmarks/diagnose.py runs/<run>                                        from its last checkpoint
+    python benchmarks/diagnose.py runs/<run> --follow                               from every one, while it trains
+    python benchmarks/report.py runs/* --metric conflict_share --out conflicts.png  the curves, as of any metric
 
-Works for runs of brc_sac.py, of a copy of it and of ablations/ that keep their replay. Draws a batch per task from the
-replay and writes, in metrics.csv's columns, for every task and as mean, std and relative_std = std / mean of tasks
+Works for runs of brc_sac.py, of a copy of it and of ablations/ that keep their replay; a run saves a checkpoint before
+each evaluation. Draws a batch per task from the replay and writes, in metrics.csv's columns and beside the rows of
+other steps, for every task and as mean, std and, where there are several, relative_std = std / mean of tasks
     td_loss          the critics' loss, as the run's own script defines it
     gradient_norm    L2, of that loss's gradient for all critic parameters, the task embedding included
     entropy          of the policy, from one action per state
@@ -15,9 +18,11 @@ replay and writes, in metrics.csv's columns, for every task and as mean, std and
 
 import csv
 import dataclasses
+import functools
 import importlib.util
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -36,6 +41,8 @@ from harness import UsageError  # noqa: E402
 class Args:
     run_dir: tyro.conf.Positional[Path]
     """Run directory; it is only read, but for `out`."""
+    follow: bool = False
+    """Also from every later checkpoint that is found, until that of the run's last step."""
     batch_per_task: int = 32
     """Transitions per task (release)."""
     out: Path | None = None
@@ -48,6 +55,7 @@ class Args:
     """cpu, cuda or cuda:N; auto takes a GPU if there is one."""
 
 
+@functools.cache  # an ablation replaces parts of brc_sac each time that it is loaded
 def load_program(path: Path) -> ModuleType:
     """The module with the agent of the script at `path`: it, or brc_sac as it leaves it. Raises UsageError."""
     places = [path, ROOT / path.name, ROOT / "ablations" / path.name]  # the run may come from another machine
@@ -78,12 +86,36 @@ def load_run(run_dir: Path, device: str) -> tuple:
     normalizer = program.ReturnNormalizer(args, max(num_tasks, num_embeddings), act_dim, device)
     buffer = program.ReplayBuffer(num_tasks, obs_dim, act_dim, min(args.buffer_size, args.total_steps))
     state = harness.read_checkpoint(run_dir, buffer)
-    if not buffer.steps:
-        raise UsageError(f"The checkpoint in {run_dir} is of step 0, with an empty replay: wait for the next one.")
     agent.load_state_dict(state["agent"])
     normalizer.load_state_dict(state["normalizer"])
     buffer.end_episodes(np.array([], int))  # none; it makes the loaded rows the ones to sample from
     return args, agent, normalizer, buffer, state["env_step"]
+
+
+def saved_at(run_dir: Path) -> int | None:
+    """When the last checkpoint was saved, in ns; None before the first, and while one takes another's place."""
+    try:
+        return (run_dir / "checkpoint.pt").stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
+def load_runs(args: Args) -> Iterator[tuple]:
+    """What load_run returns for the last checkpoint and, with --follow, for those after it. Raises UsageError."""
+    harness.read_args(args.run_dir, Args)  # a folder that is no run's would be waited for
+    seen = None
+    while True:
+        while args.follow and saved_at(args.run_dir) in (None, seen):
+            time.sleep(1)
+        seen = saved_at(args.run_dir)
+        loaded = run_args, _, _, buffer, env_step = load_run(args.run_dir, args.device)
+        if buffer.steps:
+            yield loaded
+        elif not args.follow:
+            raise UsageError(f"The checkpoint in {args.run_dir} is of step 0, with an empty replay: wait for the next "
+                             "one, or give --follow.")
+        if not args.follow or env_step >= run_args.total_steps:
+            return
 
 
 def task_batches(buffer, size: int) -> list:
@@ -163,24 +195,13 @@ def draw(tasks: tuple[str, ...], points: np.ndarray, shares: np.ndarray, path: P
     figure.savefig(path, dpi=120)
 
 
-def main(args: Args | None = None) -> list[tuple]:
-    """The program; returns the rows of diagnostics.csv."""
-    args = args or tyro.cli(Args, description=__doc__.split("\n\n")[0])
-    harness.check_range(args, 1, float("inf"), "batch_per_task")
-    harness.check_range(args, 0, 2**63 - 1, "seed")
+def table(run_args, agent, metrics: dict[str, np.ndarray], out: Path) -> list[tuple]:
+    """Rows (metric, task or statistic, value) of diagnostics.csv, printed in short; draws the embeddings into `out`."""
     import torch
-    run_args, agent, normalizer, buffer, env_step = load_run(args.run_dir, args.device)
-    out = args.out or args.run_dir / "diagnostics"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{out} cannot be made ({error.strerror}): give another --out.") from None
-    torch.manual_seed(args.seed)
-    metrics = diagnose(run_args, agent, normalizer, task_batches(buffer, args.batch_per_task), 1e9 * args.gradient_gb)
     rows = []
     for metric, values in metrics.items():
-        summary = {"mean": values.mean(), "std": values.std()}
-        if metric in ("td_loss", "gradient_norm"):  # an entropy has no zero to be relative to
+        summary = {"mean": values.mean()} | ({"std": values.std()} if len(values) > 1 else {})
+        if len(values) > 1 and metric in ("td_loss", "gradient_norm"):  # an entropy has no zero to be relative to
             summary["relative_std"] = values.std() / max(values.mean(), 1e-30)
         rows += [(metric, *row) for row in (*zip(run_args.tasks, values, strict=True), *summary.items())]
         print(metric.ljust(16) + ", ".join(f"{name} {value:.4g}" for name, value in summary.items()))
@@ -189,12 +210,42 @@ def main(args: Args | None = None) -> list[tuple]:
         rows += [(f"embedding_pc{k + 1}", *row) for k in range(2)
                  for row in zip((*run_args.tasks, "variance_share"), (*points[:, k], shares[k]), strict=True)]
         draw(run_args.tasks, points, shares, out / "embedding.png")
-    with open(out / "diagnostics.csv", "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("exp_name", "env_name", "seed", "metric", "env_step", "value"))
-        writer.writerows((run_args.exp_name, name, run_args.seed, metric, env_step, f"{value:.6g}")
-                         for metric, name, value in rows)
-    print(f"{run_args.exp_name} at step {env_step:,}: {out}")
+    return rows
+
+
+def write(path: Path, run_args, env_step: int, rows: list[tuple]) -> None:
+    """Puts a run's rows of a step behind those of other steps and runs, and in the place of older ones of its own."""
+    header, kept = ["exp_name", "env_name", "seed", "metric", "env_step", "value"], []
+    new = [[run_args.exp_name, name, str(run_args.seed), metric, str(env_step), f"{value:.6g}"]
+           for metric, name, value in rows]
+    if path.exists():
+        with open(path, newline="") as file:
+            reader = csv.reader(file)
+            if next(reader, None) != header:
+                raise UsageError(f"{path} is no diagnostics.csv of this script: give another --out.")
+            kept = [row for row in reader if (row[0], row[2], row[4]) != (new[0][0], new[0][2], new[0][4])]
+    with open(path, "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *kept, *new])
+
+
+def main(args: Args | None = None) -> list[tuple]:
+    """The program; returns the last step's rows of diagnostics.csv."""
+    args = args or tyro.cli(Args, description=__doc__.split("\n\n")[0])
+    harness.check_range(args, 1, float("inf"), "batch_per_task")
+    harness.check_range(args, 0, 2**63 - 1, "seed")
+    import torch
+    out = args.out or args.run_dir / "diagnostics"
+    for run_args, agent, normalizer, buffer, env_step in load_runs(args):
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"{out} cannot be made ({error.strerror}): give another --out.") from None
+        torch.manual_seed(args.seed)
+        batches = task_batches(buffer, args.batch_per_task)
+        metrics = diagnose(run_args, agent, normalizer, batches, 1e9 * args.gradient_gb)
+        rows = table(run_args, agent, metrics, out)
+        write(out / "diagnostics.csv", run_args, env_step, rows)
+        print(f"{run_args.exp_name} at step {env_step:,}: {out}", flush=True)
     return rows
 
 

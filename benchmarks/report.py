@@ -38,6 +38,7 @@ import harness  # noqa: E402
 import suites  # noqa: E402
 from harness import UsageError  # noqa: E402
 
+SPREAD = ("std", "relative_std")  # of tasks, in diagnostics.csv
 OFFICIAL = Path(__file__).resolve().parent / "results" / "official.csv.gz"
 
 # In args.json, but no setting of the method: facts about the run, and arguments that no result depends on.
@@ -51,14 +52,14 @@ FREE = {"format", "run_id", "go_on", "git_commit", "command", "threads", "thread
 @dataclass(frozen=True)
 class Args:
     runs: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """Run directories, directories that hold some at any depth, or metrics.csv files; or one embedding_map.csv."""
+    """Run directories, directories that hold some at any depth, or their CSV files; or one embedding_map.csv."""
     official: tuple[str, ...] = ()
     """The authors' curves to put beside: mw, dmc-dogs, dmc-humanoids, hb-medium, hb-hard, sh, each also with -single
     behind it, or cpu."""
     tasks: tuple[str, ...] | None = None
     """Of these tasks only."""
-    metric: Literal["score", "success", "return"] = "score"
-    """Of metrics.csv."""
+    metric: Literal["score", "success", "return", "td_loss", "gradient_norm", "entropy", "conflict_share"] = "score"
+    """Of metrics.csv, or from td_loss on of the diagnostics.csv that diagnose.py has written."""
     mean_only: bool = False
     """Only the mean over the tasks that all methods ran, in place of a panel per task as well."""
     x: Literal["steps", "updates"] = "steps"
@@ -125,7 +126,9 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """The args.json beside a metrics.csv, empty where there is none. Raises UsageError."""
+    """The args.json of a run's CSV file, empty where there is none. Raises UsageError."""
+    if path.parent.name == "diagnostics":
+        path = path.parent
     try:
         facts = json.loads((path.parent / "args.json").read_text())
         needed = ("tasks", "total_steps", "learning_starts", "updates_per_step")
@@ -152,11 +155,12 @@ def settings_of(facts: dict[str, Any]) -> dict[str, str]:
 
 def read_methods(paths: Sequence[Path], metric: str) -> dict[str, Method]:
     """The methods whose runs are under `paths`, by name. Raises UsageError."""
+    file_name = "metrics.csv" if metric in ("score", "success", "return") else "diagnostics.csv"
     for path in paths:
         if not path.exists():
-            raise UsageError(f"There is no {path}: give run directories or their metrics.csv.")
+            raise UsageError(f"There is no {path}: give run directories or their {file_name}.")
     files = {file.resolve(): file for path in paths
-             for file in (sorted(path.rglob("metrics.csv")) if path.is_dir() else [path])}
+             for file in (sorted(path.rglob(file_name)) if path.is_dir() else [path])}
     runs: dict[str, list] = {}  # by exp_name
     without: list[Path] = []
     for file in files.values():
@@ -184,7 +188,8 @@ def read_methods(paths: Sequence[Path], metric: str) -> dict[str, Method]:
         print(f"Without any evaluation of '{metric}', and left out: {', '.join(map(str, without))}", file=sys.stderr)
     if paths and not methods:
         raise UsageError(f"{', '.join(map(str, paths))} has no evaluation of '{metric}' yet: give the directories of "
-                         "runs after their first one, or another --metric.")
+                         + ("runs after their first one, or another --metric." if file_name == "metrics.csv"
+                            else "runs that diagnose.py was run on."))
     return methods
 
 
@@ -289,9 +294,10 @@ def evaluate(args: Args, panel: str, name: str, method: Method, tasks: Sequence[
 
 
 def panels(args: Args, methods: dict[str, Method]) -> dict[str, list[str]]:
-    """Panel -> its tasks: one per task of the runs, and one for the mean over those that all methods ran."""
+    """Panel -> its tasks: one per task of the runs, for the mean over those that all methods ran, and for spreads."""
     own = [method for method in methods.values() if not method.official] or list(methods.values())
-    tasks = list(dict.fromkeys(task for method in own for task in method.curves))
+    known = list(dict.fromkeys(task for method in own for task in method.curves))
+    tasks = [task for task in known if task not in SPREAD]
     if missing := [task for task in args.tasks or () if task not in tasks]:
         raise UsageError(f"No run is of task '{missing[0]}': the tasks are {', '.join(tasks)}.")
     tasks = list(args.tasks or tasks)
@@ -299,7 +305,8 @@ def panels(args: Args, methods: dict[str, Method]) -> dict[str, list[str]]:
     if args.mean_only and not shared:
         raise UsageError("No task is in all of these methods, so there is no mean to compare: leave --mean-only out.")
     mean = {f"mean of {len(shared)} tasks": shared} if len(shared) > 1 or args.mean_only else {}
-    return mean if args.mean_only else {task: [task] for task in tasks} | mean
+    spread = {} if args.tasks else {f"{name} of tasks": [name] for name in SPREAD if name in known}
+    return ({} if args.mean_only else {task: [task] for task in tasks}) | mean | spread
 
 
 # ---------------------------------------------------------------------------------------------------------- output
@@ -312,7 +319,7 @@ def draw(args: Args, results: dict[str, dict[str, Result]], methods: dict[str, M
     columns = min(args.columns, len(results))
     rows = -(-len(results) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(0.5 + 3.2 * columns, 0.6 + 2.4 * rows), squeeze=False,
-                                sharey=args.metric != "return", layout="constrained")
+                                sharey=args.metric in ("score", "success", "conflict_share"), layout="constrained")
     palette = plt.get_cmap("tab10" if len(methods) <= 10 else "tab20").colors
     colors = {name: palette[index % len(palette)] for index, name in enumerate(methods)}
     for ax, (panel, of_panel) in zip(axes.flat, results.items()):

@@ -1,6 +1,7 @@
 """ablations/ and benchmarks/diagnose.py. Every test that imports an ablation does so in a forked process of its own."""
 
 import csv
+import dataclasses
 import functools
 import hashlib
 import importlib.util
@@ -9,6 +10,7 @@ import os
 import runpy
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -23,7 +25,7 @@ import tyro  # noqa: F401
 import brc_sac
 import harness
 import suites
-from benchmarks import diagnose
+from benchmarks import diagnose, report
 from conftest import ROOT, Pendulum
 
 MSE, RAW = {"Critic", "critic_loss"}, {"Critic", "critic_loss", "ReturnNormalizer"}
@@ -301,6 +303,54 @@ def test_diagnoses_a_run_and_only_reads_it(script, tmp_path):
     Path("file").touch()
     with pytest.raises(harness.UsageError, match="out cannot be made"):
         diagnose.main(diagnose.Args(Path("run"), out=Path("file/out")))
+    Path("other").mkdir()
+    Path("other/diagnostics.csv").write_text("of,another,script\n")
+    with pytest.raises(harness.UsageError, match="no diagnostics.csv of this script"):
+        diagnose.main(diagnose.Args(Path("run"), out=Path("other")))
     Path("run/args.json").write_text(json.dumps(json.loads(Path("run/args.json").read_text()) | {"ranks": 2}))
     with pytest.raises(harness.UsageError, match="a run of 2 processes"):
         diagnose.main(diagnose.Args(Path("run")))
+
+
+@forked
+def test_follows_a_run_to_its_last_step(tmp_path, monkeypatch):
+    os.chdir(tmp_path)
+    save, written = harness.Run.save, Path("run/diagnostics/diagnostics.csv")
+
+    def steps():
+        return [row["env_step"] for row in csv.DictReader(written.open())] if written.exists() else []
+
+    def save_and_wait(run, env_step, *rest):
+        save(run, env_step, *rest)
+        deadline = time.monotonic() + 120
+        while 0 < env_step < 40 and str(env_step) not in steps() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    monkeypatch.setattr(harness.Run, "save", save_and_wait)
+    process = os.fork()
+    if not process:
+        try:
+            program("ablations/mse.py", "--tasks", "reach", "push", *FLAGS, "--run-dir", "run")
+        finally:
+            os._exit(0)
+    while not Path("run/args.json").exists():
+        time.sleep(0.01)
+    rows = diagnose.main(diagnose.Args(Path("run"), batch_per_task=8, follow=True))
+    os.waitpid(process, 0)
+    assert list(dict.fromkeys(steps())) == ["20", "40"]  # step 0 has no transitions yet
+    assert len(steps()) == 2 * len(rows)
+    diagnose.main(diagnose.Args(Path("run"), batch_per_task=8))
+    assert list(dict.fromkeys(steps())) == ["20", "40"] and len(steps()) == 2 * len(rows), "again, in its place"
+
+    args = report.Args((Path("run"),), metric="td_loss", out=Path("x.png"), csv=Path("x.csv"))
+    report.main(args)
+    of_report = {row["task"]: row for row in csv.DictReader(open("x.csv"))}
+    assert list(of_report) == ["reach", "push", "mean of 2 tasks", "std of tasks", "relative_std of tasks"]
+    for name, value in (("mean of 2 tasks", "mean"), ("std of tasks", "std"), ("push", "push")):
+        assert float(of_report[name]["value"]) == pytest.approx(dict((r[:2], r[2]) for r in rows)["td_loss", value],
+                                                               abs=6e-4)
+    assert of_report["push"]["method"].startswith("mse") and of_report["push"]["env_step"] == "40"
+    report.main(dataclasses.replace(args, mean_only=True))
+    assert [row["task"] for row in csv.DictReader(open("x.csv"))] == list(of_report)[2:]
+    with pytest.raises(harness.UsageError, match="runs that diagnose.py was run on"):
+        report.main(dataclasses.replace(args, runs=(Path("run/tensorboard"),)))
