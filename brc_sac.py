@@ -176,7 +176,8 @@ def resolve(args: Args) -> Args:
     harness.check_range(args, 1, math.inf, "width", "eval_interval", "eval_episodes", "log_interval",
                         "checkpoint_interval", "updates_per_step", "batch_size", "learning_starts", "buffer_size",
                         "critic_depth", "actor_depth", "actor_width", "embedding_dim", "threads")
-    harness.check_range(args, 0, math.inf, "seed", "workers", "weight_decay", "total_steps")  # 0: to evaluate alone
+    harness.check_range(args, 0, 2**32 - 43, "seed")  # NumPy's most; evaluation's is 42 more
+    harness.check_range(args, 0, math.inf, "workers", "weight_decay", "total_steps")  # 0: to evaluate alone
     harness.check_range(args, 2, math.inf, "num_atoms")
     harness.check_range(args, 1e-12, 1e6, "learning_rate", "v_max", "init_temperature")
     harness.check_range(args, 0, 0.99999, "gamma")

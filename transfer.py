@@ -10,17 +10,15 @@ Every protocol is a run of the agent's own loop on one new task: `prepare` sets 
 arguments. The agent is the script that wrote the checkpoint: brc_sac.py, brc_drq.py, a copy of one.
 
     model      Critic, target, actor and temperature go on, the policy acts from the first step. Optimiser, buffer and
-               return scale are fresh; learning waits for the first finished episode, which gives that scale.
+               return scale are fresh; learning waits for --learning-starts and a whole episode, which gives that scale.
     embedding  Weights and temperature are frozen. zero-shot: a random pretrained embedding. select (few-shot): each is
-               tried on the new task for 300 transitions, the best one kept; the paper spends 300 on all of them
-               (--transitions), and does not say how. tune is not in the paper: from the best, the vector alone learns
-               through TD, its target a Polyak copy; then it is tried too, and kept if it did better.
-    data       A fresh learner; half of each batch is from the pretraining replay (RLPD, arXiv 2302.02948). As the paper
-               words it ("a fresh single-task learner") with --prior-tasks merged: no embedding, one return scale for
-               all. Not in the paper is the default, separate: the old tasks stay tasks, with their return scales.
+               tried on the new task for 300 transitions, the best one kept; the paper spends 300 on all of them, see
+               --transitions. tune is not in the paper: from the best, the vector alone learns through TD, its target a
+               Polyak copy; then it is tried too, and kept if it did better. Trials are a run's first steps and count.
+    data       A fresh learner; half of each batch is from the pretraining replay (RLPD, arXiv 2302.02948). With
+               --prior-tasks merged it is the paper's "fresh single-task learner": no embedding, one return scale. By
+               default, separate, which is not in the paper, the old tasks stay tasks, with their return scales.
     --baseline A fresh learner of the same sizes, embedding row included, on the new task alone.
-
-Transitions are counted in full: those of trials are the run's first steps, and in its replay.
 """
 
 import csv
@@ -193,14 +191,16 @@ def load_pretrained(args: Args) -> Pretrained:
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UsageError(f"The checkpoint in {run_dir} does not fit its args.json ({str(error).splitlines()[0]}): give "
                          "a run directory as it was written.") from None
-    if not rows and (args.method == "embedding" or args.tries):
-        raise UsageError(f"{run_dir} has no task embeddings: give a checkpoint of several tasks, or use model.")
+    if not isinstance(agent.critic.embedding, torch.nn.Module) and (rows or args.method == "embedding" or args.tries):
+        raise UsageError(f"{run_dir} has learned no task embeddings: give a run of several tasks that learns them.")
     if args.uses_replay:
         n_step = (old.gamma, old.n_step) if hasattr(old, "n_step") else ()  # brc_drq.py
         prior = module.ReplayBuffer(num_tasks, *space, min(old.buffer_size, old.total_steps), *n_step,
                                     devices.choose_device(args.replay_device or args.device))
         harness.read_checkpoint(run_dir, prior)
         prior.end_episodes(np.array([], int))  # makes what was read known to `sample`
+        if prior.window[-1].min() < 1:
+            raise UsageError(f"The checkpoint in {run_dir} is of its start, without transitions: wait for the next.")
     for name, network in {"critic": agent.critic, "target": agent.target}.items() if rows else ():
         table = network.embedding.weight.detach()[:len(tasks)]
         mean = network.embed(torch.arange(len(tasks), device=device)).detach().mean(0, keepdim=True)
@@ -215,7 +215,9 @@ def load_pretrained(args: Args) -> Pretrained:
 def learner_args(pretrained: Pretrained, exp_name: str, task: str, folder: Path) -> Any:
     """The agent's own arguments for one new task: those of the pretraining, but for what the transfer sets."""
     args, most, first = pretrained.args, pretrained.space, getattr(pretrained.old, "n_step", 1)  # of brc_drq.py
-    changes = {name: getattr(pretrained.agent.Args, name) if value is None else value  # a number in brc_drq.py
+    begun, Agent = (folder / "args.json").exists(), pretrained.agent.Args
+    unset = harness.read_args(folder, Agent)[0] if begun else Agent  # a number in brc_drq.py
+    changes = {name: getattr(unset, name) if value is None else value
                for name, value in vars(args).items() if hasattr(pretrained.old, name)} | dict(
         suite=pretrained.agent.Args.suite, tasks=(task,), resume=None, run_dir=str(folder), exp_name=exp_name,
         replay_device=str(pretrained.prior.device) if args.uses_replay else args.replay_device)
@@ -325,8 +327,7 @@ def trial(pretrained: Pretrained, run: harness.Run, agent: Any, name: str, norma
           ) -> dict[str, float]:
     """Plays greedily for one candidate's transitions, from the same starts every time, so that luck does not choose.
 
-    Returns the means over whole episodes, or without one what the only one came to: both are returns within so many
-    steps. A signal ends the program here; resumed, it makes all trials again.
+    Returns the means over whole episodes, or what the only one came to. After a signal --resume makes all trials anew.
     """
     seed, (task,) = harness.derived_seed(run.args.seed, "trial"), run.args.tasks
     if pretrained.space:
@@ -390,13 +391,12 @@ def keep_better(pretrained: Pretrained, run: harness.Run, agent: Any) -> None:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(path.read_text(errors="replace").splitlines()))
+    return list(csv.DictReader(path.read_text(errors="replace").splitlines())) if path.exists() else []
 
 
 def outcome(run_dir: Path, env_step: int) -> dict[str, float]:
     """The evaluation at `env_step` from metrics.csv; nothing if it is not there yet."""
-    rows = read_csv(run_dir / "metrics.csv") if (run_dir / "metrics.csv").exists() else []
-    return {row["metric"]: float(row["value"]) for row in rows
+    return {row["metric"]: float(row["value"]) for row in read_csv(run_dir / "metrics.csv")
             if row["env_name"] == "mean" and row["env_step"] == str(env_step)}
 
 

@@ -1,6 +1,6 @@
 """BroNet with a mean squared error, one network per task, as in BRO (Figures 3 and 4): mse_raw.py on a single task.
 
-    for task in reach push drawer-open; do python ablations/bro.py --tasks $task; done
+    for task in reach push drawer-open; do python ablations/bro.py --tasks $task --exp-name bro; done
 
 Our reading of the paper's single networks: one agent for one task, so no task embedding, raw rewards and the batch of
 256 that BRC itself has in single-task mode. Of BRO (Nauman et al. 2024) it takes network, loss and the mean of two

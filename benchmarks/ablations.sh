@@ -40,7 +40,7 @@ methods)
     ;;
 widths)
     for width in 32 64 256; do
-        run "width-$width-$seed" brc_sac.py --tasks $tasks $common --batch-size 128 --width $width --exp-name brc
+        run "width-$width-$seed" brc_sac.py --tasks $tasks $common --batch-size 128 --width $width --exp-name brc-$width
     done
     ;;
 single)

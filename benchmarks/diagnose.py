@@ -20,9 +20,10 @@ import csv
 import dataclasses
 import functools
 import importlib.util
+import io
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -39,7 +40,7 @@ from harness import UsageError  # noqa: E402
 
 @dataclass(frozen=True)
 class Args:
-    run_dir: tyro.conf.Positional[Path]
+    run_dir: tyro.conf.Positional[Path] = tyro.MISSING
     """Run directory; it is only read, but for `out`."""
     follow: bool = False
     """Also from every later checkpoint that is found, until that of the run's last step."""
@@ -74,6 +75,8 @@ def load_program(path: Path) -> ModuleType:
 def load_run(run_dir: Path, device: str) -> tuple:
     """Arguments, agent, normaliser, replay and step of the last checkpoint, in eager float32. Raises UsageError."""
     _, facts = harness.read_args(run_dir, Args)
+    if "tasks" not in facts:
+        raise UsageError(f"{run_dir} holds the runs of several tasks: give a folder in it.")
     if facts["ranks"] > 1:
         raise UsageError(f"{run_dir} is a run of {facts['ranks']} processes, each of which keeps the replay of its own "
                          "tasks: give one of a single process.")
@@ -98,24 +101,6 @@ def saved_at(run_dir: Path) -> int | None:
         return (run_dir / "checkpoint.pt").stat().st_mtime_ns
     except FileNotFoundError:
         return None
-
-
-def load_runs(args: Args) -> Iterator[tuple]:
-    """What load_run returns for the last checkpoint and, with --follow, for those after it. Raises UsageError."""
-    harness.read_args(args.run_dir, Args)  # a folder that is no run's would be waited for
-    seen = None
-    while True:
-        while args.follow and saved_at(args.run_dir) in (None, seen):
-            time.sleep(1)
-        seen = saved_at(args.run_dir)
-        loaded = run_args, _, _, buffer, env_step = load_run(args.run_dir, args.device)
-        if buffer.steps:
-            yield loaded
-        elif not args.follow:
-            raise UsageError(f"The checkpoint in {args.run_dir} is of step 0, with an empty replay: wait for the next "
-                             "one, or give --follow.")
-        if not args.follow or env_step >= run_args.total_steps:
-            return
 
 
 def task_batches(buffer, size: int) -> list:
@@ -193,6 +178,7 @@ def draw(tasks: tuple[str, ...], points: np.ndarray, shares: np.ndarray, path: P
     ax.set_xlabel(f"PC 1 ({shares[0]:.0%} of the variance)")
     ax.set_ylabel(f"PC 2 ({shares[1]:.0%})")
     figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def table(run_args, agent, metrics: dict[str, np.ndarray], out: Path) -> list[tuple]:
@@ -214,7 +200,7 @@ def table(run_args, agent, metrics: dict[str, np.ndarray], out: Path) -> list[tu
 
 
 def write(path: Path, run_args, env_step: int, rows: list[tuple]) -> None:
-    """Puts a run's rows of a step behind those of other steps and runs, and in the place of older ones of its own."""
+    """Puts a run's rows of a step behind all others, and in the place of older ones. Raises UsageError or RunError."""
     header, kept = ["exp_name", "env_name", "seed", "metric", "env_step", "value"], []
     new = [[run_args.exp_name, name, str(run_args.seed), metric, str(env_step), f"{value:.6g}"]
            for metric, name, value in rows]
@@ -223,9 +209,39 @@ def write(path: Path, run_args, env_step: int, rows: list[tuple]) -> None:
             reader = csv.reader(file)
             if next(reader, None) != header:
                 raise UsageError(f"{path} is no diagnostics.csv of this script: give another --out.")
-            kept = [row for row in reader if (row[0], row[2], row[4]) != (new[0][0], new[0][2], new[0][4])]
-    with open(path, "w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([header, *kept, *new])
+            again = {tuple(row[:-1]) for row in new}
+            kept = [row for row in reader if tuple(row[:-1]) not in again]
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *kept, *new])
+    try:
+        harness.write_file(path, lambda file: file.write(text.getvalue().encode()))
+    except OSError as error:
+        raise harness.RunError(f"{path} could not be written, and is as before ({error.strerror}).") from None
+
+
+def diagnose_checkpoint(args: Args, out: Path) -> tuple[list[tuple], bool]:
+    """Writes what the last checkpoint says; returns its rows of diagnostics.csv and whether the run ends with it.
+
+    Raises UsageError or RunError.
+    """
+    import torch
+    run_args, agent, normalizer, buffer, env_step = load_run(args.run_dir, args.device)
+    if not buffer.steps and args.follow:
+        return [], False
+    if not buffer.steps:
+        raise UsageError(f"The checkpoint in {args.run_dir} is of step 0, with an empty replay: wait for the next one, "
+                         "or give --follow.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{out} cannot be made ({error.strerror}): give another --out.") from None
+    torch.manual_seed(args.seed)
+    batches = task_batches(buffer, args.batch_per_task)
+    metrics = diagnose(run_args, agent, normalizer, batches, 1e9 * args.gradient_gb)
+    rows = table(run_args, agent, metrics, out)
+    write(out / "diagnostics.csv", run_args, env_step, rows)
+    print(f"{run_args.exp_name} at step {env_step:,}: {out}", flush=True)
+    return rows, env_step >= run_args.total_steps
 
 
 def main(args: Args | None = None) -> list[tuple]:
@@ -233,19 +249,15 @@ def main(args: Args | None = None) -> list[tuple]:
     args = args or tyro.cli(Args, description=__doc__.split("\n\n")[0])
     harness.check_range(args, 1, float("inf"), "batch_per_task")
     harness.check_range(args, 0, 2**63 - 1, "seed")
-    import torch
-    out = args.out or args.run_dir / "diagnostics"
-    for run_args, agent, normalizer, buffer, env_step in load_runs(args):
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"{out} cannot be made ({error.strerror}): give another --out.") from None
-        torch.manual_seed(args.seed)
-        batches = task_batches(buffer, args.batch_per_task)
-        metrics = diagnose(run_args, agent, normalizer, batches, 1e9 * args.gradient_gb)
-        rows = table(run_args, agent, metrics, out)
-        write(out / "diagnostics.csv", run_args, env_step, rows)
-        print(f"{run_args.exp_name} at step {env_step:,}: {out}", flush=True)
+    harness.read_args(args.run_dir, Args)  # a folder that is no run's would be waited for
+    seen, is_last = None, False
+    while not is_last:
+        while args.follow and saved_at(args.run_dir) in (None, seen):
+            time.sleep(1)
+        seen = saved_at(args.run_dir)
+        rows, is_last = diagnose_checkpoint(args, args.out or args.run_dir / "diagnostics")
+        if not args.follow:
+            break
     return rows
 
 

@@ -15,8 +15,7 @@ cd "$(dirname "$0")/.."
 source benchmarks/resumable.sh
 width=$1 seed=$2 goals=${3:-fresh} out=${4:-runs/metaworld}
 steps=${STEPS:-50000}
-export OMP_NUM_THREADS=1
 
 run "width-$width-$goals-$seed" brc_sac.py --suite mw --variant release --goals "$goals" --width "$width" \
     --actor-width 128 --batch-size 256 --total-steps "$steps" --eval-interval $((steps / 4)) --eval-episodes 5 \
-    --workers 0 --exp-name brc
+    --workers 0 --exp-name "brc-$width-$goals"

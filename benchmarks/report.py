@@ -60,6 +60,8 @@ class Args:
     """Of these tasks only."""
     metric: Literal["score", "success", "return", "td_loss", "gradient_norm", "entropy", "conflict_share"] = "score"
     """Of metrics.csv, or from td_loss on of the diagnostics.csv that diagnose.py has written."""
+    single: tuple[str, ...] = ()
+    """Methods that are a network per task, where no args.json says so."""
     mean_only: bool = False
     """Only the mean over the tasks that all methods ran, in place of a panel per task as well."""
     x: Literal["steps", "updates"] = "steps"
@@ -98,7 +100,11 @@ class Method:
             if self.files.setdefault((task, seed), path) != path:
                 raise UsageError(f"{self.files[task, seed].parent} and {path.parent} are both seed {seed} of "
                                  f"{row['exp_name']} on {task}, with the same arguments: leave one of them out.")
-            self.curves.setdefault(task, {}).setdefault(seed, {})[row["env_step"]] = row["value"]
+            curve = self.curves.setdefault(task, {}).setdefault(seed, {})
+            if row["env_step"] in curve:
+                raise UsageError(f"{path} has two values of {row['exp_name']}, seed {seed}, on {task} at step "
+                                 f"{row['env_step']}: give runs of other arguments another exp_name there.")
+            curve[row["env_step"]] = row["value"]
 
     def x_of(self, steps: list[int], x: str, num_tasks: int) -> np.ndarray:
         """Positions on the x axis of evaluations of `num_tasks` tasks at `steps`. Raises UsageError."""
@@ -282,9 +288,10 @@ def evaluate(args: Args, panel: str, name: str, method: Method, tasks: Sequence[
     average, (average_low, average_high) = interval(strata.mean(-1, keepdims=True), args.reps)
     budget, rows = args.budget or method.total_steps or steps[-1], []
     for share in args.at:
+        step = round(share * budget)
         row = {"task": panel, "method": name, "seeds": len(values), "at": share}
-        if steps[-1] >= share * budget and share * budget >= steps[0]:
-            last = max(index for index, step in enumerate(steps) if step <= share * budget)
+        if steps[0] <= step <= steps[-1]:
+            last = np.searchsorted(steps, step, "right") - 1
             row |= {"env_step": steps[last], "value": mean[last], "low": low[last], "high": high[last]}
         row |= {"mean": average[0], "mean_low": average_low[0], "mean_high": average_high[0]}
         if args.threshold is not None:
@@ -448,6 +455,10 @@ def main(args: Args | None = None) -> None:
     if not args.runs and not args.official:
         raise UsageError("Nothing to draw: give run directories, --official, or both.")
     methods = read_methods(args.runs, args.metric) | read_official(args.official, args.metric)
+    for name in args.single:
+        if name not in methods:
+            raise UsageError(f"--single {name} is none of the methods: they are {', '.join(methods)}.")
+        methods[name].single = True
     results: dict[str, dict[str, Result]] = {}
     for panel, tasks in panels(args, methods).items():
         here = {name: evaluate(args, panel, name, method, tasks) for name, method in methods.items()

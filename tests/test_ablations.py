@@ -25,6 +25,7 @@ import tyro  # noqa: F401
 import brc_sac
 import harness
 import suites
+import transfer
 from benchmarks import diagnose, report
 from conftest import ROOT, Pendulum
 
@@ -279,6 +280,9 @@ def test_diagnoses_a_run_and_only_reads_it(script, tmp_path):
     rows = {row[:2]: row[2] for row in diagnose.main(diagnose.Args(Path("run"), batch_per_task=8, out=Path("out")))}
     assert files() == before
     assert Path("out/embedding.png").exists() == (script != "ablations/mh_sac.py")
+    if script == "ablations/mh_sac.py":
+        with pytest.raises(harness.UsageError, match="learned no task embeddings"):
+            transfer.load_pretrained(transfer.Args("model", "run"))
     with open("out/diagnostics.csv") as file:
         assert {row["env_step"] for row in csv.DictReader(file)} == {"40"}
 
@@ -303,11 +307,26 @@ def test_diagnoses_a_run_and_only_reads_it(script, tmp_path):
     Path("file").touch()
     with pytest.raises(harness.UsageError, match="out cannot be made"):
         diagnose.main(diagnose.Args(Path("run"), out=Path("file/out")))
+    own, written = Path("out/diagnostics.csv"), Path("out/diagnostics.csv").read_text()
+    own.write_text(written.replace(",reach,", ",walker-run,") + written.replace(",40,", ",20,").split("\n", 1)[1])
+    diagnose.main(diagnose.Args(Path("run"), batch_per_task=8, out=Path("out")))
+    kept = [line for line in own.read_text().splitlines() if ",walker-run," in line or ",20," in line]
+    assert len(own.read_text().splitlines()) == len(written.splitlines()) + len(kept) and len(kept) > len(rows)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(harness.RunError, match="is as before"):
+        patch.setattr(os, "fsync", lambda file: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        before = own.read_text()
+        diagnose.main(diagnose.Args(Path("run"), batch_per_task=4, out=Path("out")))
+    assert own.read_text() == before
     Path("other").mkdir()
     Path("other/diagnostics.csv").write_text("of,another,script\n")
     with pytest.raises(harness.UsageError, match="no diagnostics.csv of this script"):
         diagnose.main(diagnose.Args(Path("run"), out=Path("other")))
-    Path("run/args.json").write_text(json.dumps(json.loads(Path("run/args.json").read_text()) | {"ranks": 2}))
+    facts = json.loads(Path("run/args.json").read_text())
+    root = {"format": facts["format"], "program": "transfer.py", "own": {}}
+    Path("other/args.json").write_text(json.dumps(root))
+    with pytest.raises(harness.UsageError, match="other holds the runs of several tasks"):
+        diagnose.main(diagnose.Args(Path("other")))
+    Path("run/args.json").write_text(json.dumps(facts | {"ranks": 2}))
     with pytest.raises(harness.UsageError, match="a run of 2 processes"):
         diagnose.main(diagnose.Args(Path("run")))
 

@@ -79,6 +79,9 @@ def test_seeds_of_one_setting_are_averaged_and_other_settings_stand_apart(tmp_pa
     assert rows[1]["low"] == "0.500" and rows[1]["high"] == "1.000" and rows[0]["reached"] == "never 20"
     assert (tmp_path / "out.png").stat().st_size < 60_000
     out = capsys.readouterr().out
+    with pytest.raises(harness.UsageError, match="--single other is none of the methods: they are idea"):
+        report.main(report.Args((tmp_path,), single=("other",), out=tmp_path / "out.png"))
+    report.main(report.Args((tmp_path,), single=("idea (width 64)",), mean_only=True, out=tmp_path / "out.png"))
     assert "authors, mw | 5 |" in out and "| never, 1 of 2 |" in out  # the median of 20 and never
     make_run(tmp_path / "again", 0, {"reach": [1.0, 1.0]}, tasks=["reach", "push"])
     with pytest.raises(harness.UsageError, match="both seed 0 of idea on reach"):
@@ -111,6 +114,7 @@ def test_runs_with_and_without_arguments_stand_apart(tmp_path):
     ("metrics.csv", "exp_name,env_name,seed,metric,env_step,value\nidea,reach,0,score,30", "cannot be read"),
     ("metrics.csv", "exp_name,env_name,seed,metric,env_step,value\nidea,reach,0,score,30,abc", "cannot be read"),
     ("metrics.csv", "exp_name,env_name,seed,env_step,value\nidea,reach,0,30,1", "cannot be read"),
+    ("metrics.csv", "exp_name,env_name,seed,metric,env_step,value" + 2 * "\nidea,reach,0,score,30,1", "has two values"),
     ("args.json", "{", "not that of a run"), ("args.json", "[]", "not that of a run"),
     ("args.json", "{}", "not that of a run"), ("table.csv", "task,method,seeds\nreach,idea,1", "cannot be read"),
     ("map.csv", "task,reach,push\n", "no complete embedding_map.csv"),

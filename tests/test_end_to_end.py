@@ -256,7 +256,7 @@ def test_help_lists_the_flags_without_importing_torch_or_a_simulator(tmp_path):
 @pytest.mark.parametrize(("names", "values"), [  # arguments, and values beside their ranges
     ("width critic_depth actor_depth actor_width embedding_dim batch_size updates_per_step learning_starts buffer_size "
      "eval_interval eval_episodes log_interval checkpoint_interval", (0, -3)),
-    ("total_steps seed workers", (-1,)), ("num_atoms", (1,)), ("weight_decay", (-1e-4,)),
+    ("total_steps workers", (-1,)), ("seed", (-1, 2**32 - 42)), ("num_atoms", (1,)), ("weight_decay", (-1e-4,)),
     ("gamma", (1.0, -0.1, math.nan)), ("tau", (1.5, -0.5)),
     ("learning_rate v_max init_temperature", (0.0, -10.0, math.nan, math.inf))])
 def test_every_number_has_its_range(names, values):

@@ -289,7 +289,8 @@ def test_half_of_each_batch_comes_from_the_pretraining_replay(transfers, capsys,
     brc_sac.main()
     assert "cartpole-balance" in capsys.readouterr().out
     if prior == "merged":
-        assert "has no task embeddings" in transfers.refused(f"embedding --checkpoint {run_dir} --task window-open")
+        refusal = transfers.refused(f"embedding --checkpoint {run_dir} --task window-open")
+        assert "has learned no task embeddings" in refusal
 
 
 @pytest.mark.parametrize(("lows", "highs", "scale"), [((0, 0), (0, 0), math.inf), ((-3, 0), (0, 2), 3),
@@ -300,6 +301,14 @@ def test_one_scale_spans_the_returns_of_all_old_tasks(lows, highs, scale):
     normalizer = brc_sac.ReturnNormalizer(brc_sac.Args(gamma=0.9), 1, 2)
     transfer.copy_scales(pretrained, slice(2), normalizer, slice(1))
     assert normalizer.return_scale.item() == scale
+
+
+def test_a_replay_of_the_first_step_is_refused(transfers):
+    pre = transfers.copy("young")
+    empty = brc_sac.ReplayBuffer(3, 39, 4, 205)
+    torch.save(checkpoint(pre) | {"buffer": empty.state_dict(), "replay": {name: [] for name in empty.rings}},
+               pre / "checkpoint.pt")
+    assert "without transitions: wait" in transfers.refused(f"data --checkpoint {pre} --task window-open")
 
 
 def test_the_replay_is_needed_for_data_transfer_alone_and_a_damaged_checkpoint_left_as_it_is(transfers):
@@ -444,6 +453,18 @@ def test_goals_stay_those_of_the_pretraining_where_the_new_task_has_some(transfe
     for task, goals in (("window-open", "frozen"), ("cartpole-balance", "fresh")):
         args = transfers.parse(f"model --checkpoint {frozen} --task {task}")
         assert transfer.learner_args(transfer.load_pretrained(args), "x", task, transfers.folder / "x").goals == goals
+
+
+def test_more_steps_of_several_tasks_keep_the_intervals_they_began_with(transfers, tmp_path):
+    args = transfers.parse(f"model --checkpoint {transfers.pre} --task window-open --total-steps 10000")
+    pretrained = transfer.load_pretrained(args)
+    begun = transfer.learner_args(pretrained, "x", "window-open", tmp_path)
+    facts = dataclasses.asdict(begun) | {"format": harness.FORMAT, "program": "transfer.py"}
+    (tmp_path / "args.json").write_text(json.dumps(facts))
+    for more, interval in (({"total_steps": 20_000}, 500), ({"total_steps": 20_000, "eval_interval": 50}, 50)):
+        longer = pretrained._replace(args=dataclasses.replace(args, **more))
+        assert transfer.learner_args(longer, "x", "window-open", tmp_path).eval_interval == interval
+        assert transfer.learner_args(longer, "x", "window-open", tmp_path / "new").eval_interval in (1000, 50)
 
 
 # ---------------------------------------------------------------------------------------------------------------- Atari
