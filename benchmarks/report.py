@@ -339,6 +339,8 @@ def draw(args: Args, results: dict[str, dict[str, Result]], methods: dict[str, M
                             color=colors[name], label=name, marker="o", capsize=3)
         if own := [result.x[-1] for name, result in of_panel.items() if not methods[name].official]:
             ax.set_xlim(-0.04 * max(*own, 1), 1.04 * max(*own, 1))
+        if args.metric in ("td_loss", "gradient_norm") and not panel.startswith("relative"):
+            ax.set_yscale("log")
         ax.set_title(panel)
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k
         ax.grid(alpha=0.3)
