@@ -219,7 +219,7 @@ def learner_args(pretrained: Pretrained, exp_name: str, task: str, folder: Path)
     unset = harness.read_args(folder, Agent)[0] if begun else Agent  # a number in brc_drq.py
     changes = {name: getattr(unset, name) if value is None else value
                for name, value in vars(args).items() if hasattr(pretrained.old, name)} | dict(
-        suite=pretrained.agent.Args.suite, tasks=(task,), resume=None, run_dir=str(folder), exp_name=exp_name,
+        suite=Agent.suite, tasks=(task,), resume=None, run_dir=str(folder), exp_name=exp_name,
         replay_device=str(pretrained.prior.device) if args.uses_replay else args.replay_device)
     changes |= {} if most else {"final_eval_episodes": args.eval_episodes}
     changes |= {"goals": None} if most and not hasattr(suites.benchmark(task), "GOALS") else {}

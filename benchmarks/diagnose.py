@@ -72,14 +72,20 @@ def load_program(path: Path) -> ModuleType:
     return module
 
 
-def load_run(run_dir: Path, device: str) -> tuple:
-    """Arguments, agent, normaliser, replay and step of the last checkpoint, in eager float32. Raises UsageError."""
+def read_facts(run_dir: Path) -> dict:
+    """The args.json of a run that can be diagnosed. Raises UsageError."""
     _, facts = harness.read_args(run_dir, Args)
     if "tasks" not in facts:
         raise UsageError(f"{run_dir} holds the runs of several tasks: give a folder in it.")
     if facts["ranks"] > 1:
         raise UsageError(f"{run_dir} is a run of {facts['ranks']} processes, each of which keeps the replay of its own "
                          "tasks: give one of a single process.")
+    return facts
+
+
+def load_run(run_dir: Path, device: str) -> tuple:
+    """Arguments, agent, normaliser, replay and step of the last checkpoint, in eager float32. Raises UsageError."""
+    facts = read_facts(run_dir)
     program = load_program(Path(facts.get("agent", facts["program"])))
     args, _ = harness.read_args(run_dir, program.Args)
     args = dataclasses.replace(args, compile=False, precision="fp32")
@@ -249,16 +255,15 @@ def main(args: Args | None = None) -> list[tuple]:
     args = args or tyro.cli(Args, description=__doc__.split("\n\n")[0])
     harness.check_range(args, 1, float("inf"), "batch_per_task")
     harness.check_range(args, 0, 2**63 - 1, "seed")
-    harness.read_args(args.run_dir, Args)  # a folder that is no run's would be waited for
-    seen, is_last = None, False
-    while not is_last:
+    read_facts(args.run_dir)  # what cannot be diagnosed is not waited for
+    seen = None
+    while True:
         while args.follow and saved_at(args.run_dir) in (None, seen):
             time.sleep(1)
         seen = saved_at(args.run_dir)
         rows, is_last = diagnose_checkpoint(args, args.out or args.run_dir / "diagnostics")
-        if not args.follow:
-            break
-    return rows
+        if is_last or not args.follow:
+            return rows
 
 
 if __name__ == "__main__":

@@ -324,8 +324,9 @@ def test_diagnoses_a_run_and_only_reads_it(script, tmp_path):
     facts = json.loads(Path("run/args.json").read_text())
     root = {"format": facts["format"], "program": "transfer.py", "own": {}}
     Path("other/args.json").write_text(json.dumps(root))
-    with pytest.raises(harness.UsageError, match="other holds the runs of several tasks"):
-        diagnose.main(diagnose.Args(Path("other")))
+    for follow in (False, True):  # where no checkpoint will ever be
+        with pytest.raises(harness.UsageError, match="other holds the runs of several tasks"):
+            diagnose.main(diagnose.Args(Path("other"), follow=follow))
     Path("run/args.json").write_text(json.dumps(facts | {"ranks": 2}))
     with pytest.raises(harness.UsageError, match="a run of 2 processes"):
         diagnose.main(diagnose.Args(Path("run")))
