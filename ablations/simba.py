@@ -2,8 +2,8 @@
 
     python ablations/simba.py --suite demo          every argument, output and --resume as of brc_sac.py
 
-Blocks x + W2 relu(W1 LN(x)) that widen to 4 H, a last LayerNorm, and observations normalised by the running moments of
-sampled batches (in SimBa of every step). With 8 H^2 weights a block has four times BroNet's. The actor stays BroNet.
+Blocks x + W2 relu(W1 LN(x)) of 8 H^2 weights, four times BroNet's, a last LayerNorm, SimBa's first weights but for the
+last layer's, and observations normalised by running moments of sampled batches (in SimBa of every step).
 """
 
 import sys
@@ -26,13 +26,12 @@ class Block(torch.nn.Sequential):
         return x + super().forward(x)
 
 
-class Simba(torch.nn.Sequential):
-    def __init__(self, in_features, width, depth):
-        super().__init__(Dense(in_features, width, gain=1.0), *map(Block, [width] * depth), layer_norm(width))
+def simba(in_features, width, depth):
+    return torch.nn.Sequential(Dense(in_features, width, gain=1.0), *map(Block, [width] * depth), layer_norm(width))
 
 
 class SimbaCritic(brc_sac.Critic):
-    Body = Simba
+    Body = staticmethod(simba)
 
     def __init__(self, args, obs_dim, *sizes):
         super().__init__(args, obs_dim, *sizes)
@@ -45,11 +44,12 @@ class SimbaCritic(brc_sac.Critic):
 
 class SimbaAgent(brc_sac.Agent):
     def update(self, batch, *noise):
-        moments, count = self.share * torch.stack([batch.obs, batch.obs.square()]).mean(1), len(batch.obs) / self.share
+        obs, count = batch.obs.double(), len(batch.obs) / self.share  # in float32 a small variance may come out below 0
+        mean, square = moments = self.share * torch.stack([obs, obs.square()]).mean(1)
         brc_sac.devices.add([moments])  # of all ranks' batches
         for critic in (self.critic, self.target):  # Polyak averages parameters only
-            delta, share = moments[0] - critic.mean, count / critic.count.add_(count)
-            critic.var.lerp_(moments[1] - moments[0].square(), share).add_(share * (1 - share) * delta.square())
+            delta, share = mean - critic.mean, count / critic.count.add_(count)
+            critic.var.lerp_((square - mean.square()).float(), share).add_(share * (1 - share) * delta.square())
             critic.mean.add_(share * delta)
         return super().update(batch, *noise)
 

@@ -18,6 +18,7 @@ other steps, for every task and as mean, std and, where there are several, relat
 
 import csv
 import dataclasses
+import fcntl
 import functools
 import importlib.util
 import io
@@ -32,6 +33,7 @@ import numpy as np
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
+PATIENCE = 60  # seconds without a process that trains, after which a run is no longer followed
 sys.path.insert(0, str(ROOT))
 import devices  # noqa: E402
 import harness  # noqa: E402
@@ -43,7 +45,8 @@ class Args:
     run_dir: tyro.conf.Positional[Path] = tyro.MISSING
     """Run directory; it is only read, but for `out`."""
     follow: bool = False
-    """Also from every later checkpoint that is found, until that of the run's last step."""
+    """Also from every later checkpoint that is found, until that of the run's last step, or until a minute after the
+    run was stopped."""
     batch_per_task: int = 32
     """Transitions per task (release)."""
     out: Path | None = None
@@ -63,6 +66,8 @@ def load_program(path: Path) -> ModuleType:
     found = next((place for place in places if place.exists()), None)
     if found is None:
         raise UsageError(f"The run is of {path}, which is not here: put the script there, or beside brc_sac.py.")
+    if found != path:
+        print(f"{path} is not here: its place is taken by {found}.", file=sys.stderr)
     spec = importlib.util.spec_from_file_location(found.stem, found)
     module = sys.modules[found.stem] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -95,7 +100,11 @@ def load_run(run_dir: Path, device: str) -> tuple:
     normalizer = program.ReturnNormalizer(args, max(num_tasks, num_embeddings), act_dim, device)
     buffer = program.ReplayBuffer(num_tasks, obs_dim, act_dim, min(args.buffer_size, args.total_steps))
     state = harness.read_checkpoint(run_dir, buffer)
-    agent.load_state_dict(state["agent"])
+    try:
+        agent.load_state_dict(state["agent"])
+    except (RuntimeError, LookupError):
+        raise UsageError(f"The networks in {run_dir} are not those of {program.__file__}: diagnose it with the script "
+                         f"as it was, of commit {facts['git_commit']}.") from None
     normalizer.load_state_dict(state["normalizer"])
     buffer.end_episodes(np.array([], int))  # none; it makes the loaded rows the ones to sample from
     return args, agent, normalizer, buffer, state["env_step"]
@@ -107,6 +116,30 @@ def saved_at(run_dir: Path) -> int | None:
         return (run_dir / "checkpoint.pt").stat().st_mtime_ns
     except FileNotFoundError:
         return None
+
+
+def is_training(run_dir: Path) -> bool:
+    """Whether a process holds the run's lock; true also where a file system has no locks."""
+    try:
+        with open(run_dir / "lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+
+
+def wait_for_checkpoint(run_dir: Path, seen: int | None) -> bool:
+    """Waits for one that was not saved at `seen`; false if the run has been stopped."""
+    deadline = time.monotonic() + PATIENCE
+    while saved_at(run_dir) in (None, seen):
+        if is_training(run_dir):
+            deadline = time.monotonic() + PATIENCE
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(1)
+    return True
 
 
 def task_batches(buffer, size: int) -> list:
@@ -134,8 +167,11 @@ def gram_matrix(loss: Callable, num_tasks: int, parameters: list, max_bytes: flo
 
 
 def conflicts(gram: np.ndarray) -> np.ndarray:
-    """For each of N > 1 tasks, the share of the others whose gradient has a negative inner product with its own."""
-    return (gram < 0).sum(1) / (len(gram) - 1)
+    """For each of N > 1 tasks, the share of the others whose gradient has a negative inner product with its own.
+
+    NaN where a product is not finite.
+    """
+    return np.where(np.isfinite(gram).all(1), (gram < 0).sum(1) / (len(gram) - 1), np.nan)
 
 
 def principal_components(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -206,12 +242,12 @@ def table(run_args, agent, metrics: dict[str, np.ndarray], out: Path) -> list[tu
 
 
 def write(path: Path, run_args, env_step: int, rows: list[tuple]) -> None:
-    """Puts a run's rows of a step behind all others, and in the place of older ones. Raises UsageError or RunError."""
+    """Puts a run's rows of a step behind all others, and in the place of older ones. Raises UsageError or OSError."""
     header, kept = ["exp_name", "env_name", "seed", "metric", "env_step", "value"], []
     new = [[run_args.exp_name, name, str(run_args.seed), metric, str(env_step), f"{value:.6g}"]
            for metric, name, value in rows]
     if path.exists():
-        with open(path, newline="") as file:
+        with open(path, newline="", errors="replace") as file:
             reader = csv.reader(file)
             if next(reader, None) != header:
                 raise UsageError(f"{path} is no diagnostics.csv of this script: give another --out.")
@@ -219,13 +255,10 @@ def write(path: Path, run_args, env_step: int, rows: list[tuple]) -> None:
             kept = [row for row in reader if tuple(row[:-1]) not in again]
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *kept, *new])
-    try:
-        harness.write_file(path, lambda file: file.write(text.getvalue().encode()))
-    except OSError as error:
-        raise harness.RunError(f"{path} could not be written, and is as before ({error.strerror}).") from None
+    harness.write_file(path, lambda file: file.write(text.getvalue().encode()))
 
 
-def diagnose_checkpoint(args: Args, out: Path) -> tuple[list[tuple], bool]:
+def diagnose_checkpoint(args: Args) -> tuple[list[tuple], bool]:
     """Writes what the last checkpoint says; returns its rows of diagnostics.csv and whether the run ends with it.
 
     Raises UsageError or RunError.
@@ -237,6 +270,7 @@ def diagnose_checkpoint(args: Args, out: Path) -> tuple[list[tuple], bool]:
     if not buffer.steps:
         raise UsageError(f"The checkpoint in {args.run_dir} is of step 0, with an empty replay: wait for the next one, "
                          "or give --follow.")
+    out = args.out or args.run_dir / "diagnostics"
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -244,8 +278,12 @@ def diagnose_checkpoint(args: Args, out: Path) -> tuple[list[tuple], bool]:
     torch.manual_seed(args.seed)
     batches = task_batches(buffer, args.batch_per_task)
     metrics = diagnose(run_args, agent, normalizer, batches, 1e9 * args.gradient_gb)
-    rows = table(run_args, agent, metrics, out)
-    write(out / "diagnostics.csv", run_args, env_step, rows)
+    try:
+        rows = table(run_args, agent, metrics, out)
+        write(out / "diagnostics.csv", run_args, env_step, rows)
+    except OSError as error:
+        raise harness.RunError(f"{out} cannot be written to ({error.strerror}); its diagnostics.csv is as "
+                               "before.") from None
     print(f"{run_args.exp_name} at step {env_step:,}: {out}", flush=True)
     return rows, env_step >= run_args.total_steps
 
@@ -256,14 +294,15 @@ def main(args: Args | None = None) -> list[tuple]:
     harness.check_range(args, 1, float("inf"), "batch_per_task")
     harness.check_range(args, 0, 2**63 - 1, "seed")
     read_facts(args.run_dir)  # what cannot be diagnosed is not waited for
-    seen = None
-    while True:
-        while args.follow and saved_at(args.run_dir) in (None, seen):
-            time.sleep(1)
+    if not args.follow:
+        return diagnose_checkpoint(args)[0]
+    rows, is_last, seen = [], False, None
+    while not is_last and wait_for_checkpoint(args.run_dir, seen):
         seen = saved_at(args.run_dir)
-        rows, is_last = diagnose_checkpoint(args, args.out or args.run_dir / "diagnostics")
-        if is_last or not args.follow:
-            return rows
+        rows, is_last = diagnose_checkpoint(args)
+    if not is_last:
+        print(f"{args.run_dir} was stopped before its last step: to go on, resume it and call this again.")
+    return rows
 
 
 if __name__ == "__main__":

@@ -12,20 +12,22 @@ or data that a run began with, which may be its seed's; where one name has sever
 method's tasks may be spread over runs (a run per task), its seeds must be: two runs of one seed are refused. Intervals
 are rliable's bootstrap over seeds (Agarwal et al. 2021), 95 %: with three seeds they show how far the seeds are apart,
 and no more. For a mean over tasks, a network's tasks are drawn together, and networks of one task each for every task
-anew (stratified). Curves are drawn at the steps that all seeds of a method have.
+anew (stratified). Curves are drawn at the steps that all seeds of a method have, and what that leaves out is said.
 
 The authors' curves (results/official.csv.gz) are returns and successes per task and seed; `-single` is their
 single-task agents, `cpu` two tasks of their code at width 256 on a CPU. To lay runs beside those of MetaWorld, give
 them fresh goals (benchmarks/README.md says why).
 """
 
+import contextlib
 import csv
 import gzip
 import json
 import math
+import os
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -69,9 +71,10 @@ class Args:
     at: tuple[float, ...] = (1.0,)
     """Shares of the budget to give scores at, in the table."""
     budget: int | None = None
-    """Environment steps of a task that the shares are of; default a method's --total-steps, or its last evaluation."""
+    """Environment steps of a task that the shares are of, and that the mean of all evaluations ends with; default a
+    method's --total-steps, or its last evaluation."""
     threshold: float | None = None
-    """Also give the steps at which each seed first reaches this value."""
+    """Also give the steps at which each seed first reaches this value, if it does so by its last evaluation."""
     out: Path = Path("report.png")
     """Where to draw the curves."""
     columns: int = 5
@@ -88,7 +91,7 @@ class Method:
 
     curves: dict[str, dict[int, dict[int, float]]] = field(default_factory=dict)  # task -> seed -> env step -> value
     files: dict[tuple[str, int], Path] = field(default_factory=dict)  # of each task and seed
-    total_steps: int | None = None
+    total_steps: dict[str, int] = field(default_factory=dict)  # of each task, where an args.json tells
     learning_starts: int | None = None
     updates_per_step: int = 2
     official: bool = False
@@ -128,7 +131,8 @@ def read_rows(path: Path) -> list[dict]:
                      "metric": row["metric"], "env_step": int(row["env_step"]), "value": float(row["value"])}
                     for row in csv.DictReader(file) if row["env_name"] != "mean"]
     except (OSError, EOFError, LookupError, TypeError, ValueError, csv.Error) as error:
-        raise UsageError(f"{path} cannot be read ({error!r}): give run directories or their metrics.csv.") from None
+        raise UsageError(f"{path} cannot be read ({type(error).__name__}: {error}): give run directories or their "
+                         "metrics.csv.") from None
 
 
 def read_facts(path: Path) -> dict[str, Any]:
@@ -187,7 +191,8 @@ def read_methods(paths: Sequence[Path], metric: str) -> dict[str, Method]:
             method = methods.setdefault(f"{name} ({suffix})" if suffix else name, Method())
             method.add(file, rows)
             if facts:
-                method.total_steps = max(method.total_steps or 0, facts["total_steps"])
+                for task in {row["env_name"] for row in rows}:
+                    method.total_steps[task] = max(facts["total_steps"], method.total_steps.get(task, 0))
                 method.learning_starts, method.updates_per_step = facts["learning_starts"], facts["updates_per_step"]
                 method.single = len(facts["tasks"]) == 1
     if methods and without:
@@ -261,10 +266,23 @@ def interval(values: np.ndarray, reps: int) -> tuple[np.ndarray, np.ndarray]:
     return means[""], intervals[""]
 
 
-def first_reached(steps: list[int], values: np.ndarray, threshold: float) -> list[int | None]:
-    """Per seed, the first of `steps` at which the mean over tasks of values [seeds, tasks, steps] is `threshold`."""
-    reached = values.mean(1) >= threshold
-    return [steps[int(of_seed.argmax())] if of_seed.any() else None for of_seed in reached]
+def first_reached(tasks: dict[str, dict[int, dict[int, float]]], threshold: float) -> list[tuple[int, bool]]:
+    """Per seed of all tasks, the first step with a mean over tasks of `threshold` and True, or its last and False."""
+    reached = []
+    for seed in sorted(set.intersection(*(set(runs) for runs in tasks.values()))):
+        steps, values = matrix({task: {seed: runs[seed]} for task, runs in tasks.items()})
+        there = [step for step, value in zip(steps, values.mean((0, 1)), strict=True) if value >= threshold]
+        reached.append((there[0], True) if there else (steps[-1], False))
+    return reached
+
+
+def left_out(tasks: dict[str, dict[int, dict[int, float]]], num_steps: int, num_seeds: int) -> str:
+    """In words, what `tasks` have beyond the steps and seeds that all of them share; empty if nothing."""
+    seeds = set().union(*tasks.values())
+    steps = set().union(*(curve for runs in tasks.values() for curve in runs.values()))
+    return " and ".join(filter(None, (
+        f"{num_seeds} of {len(seeds)} seeds, as others lack a task" if num_seeds < len(seeds) else "",
+        f"{num_steps} of {len(steps)} steps, as not all seeds have the others" if num_steps < len(steps) else "")))
 
 
 class Result(NamedTuple):
@@ -279,23 +297,30 @@ class Result(NamedTuple):
 
 
 def evaluate(args: Args, panel: str, name: str, method: Method, tasks: Sequence[str]) -> Result | None:
-    steps, values = matrix({task: method.curves[task] for task in tasks})
+    curves = {task: method.curves[task] for task in tasks}
+    steps, values = matrix(curves)
     if not steps or not len(values):
         print(f"{name} has no seed or no step in common on {panel}: left out there.", file=sys.stderr)
         return None
     strata = values if method.single else values.mean(1, keepdims=True)
     mean, (low, high) = interval(strata, args.reps)
-    average, (average_low, average_high) = interval(strata.mean(-1, keepdims=True), args.reps)
-    budget, rows = args.budget or method.total_steps or steps[-1], []
+    if cut := left_out(curves, len(steps), len(values)):
+        print(f"{name} on {panel}: only {cut}.", file=sys.stderr)
+    within = max(1, np.searchsorted(steps, args.budget or steps[-1], "right"))
+    average, (average_low, average_high) = interval(strata[..., :within].mean(-1, keepdims=True), args.reps)
+    budgets, rows = sorted({args.budget or method.total_steps.get(task, steps[-1]) for task in tasks}), []
+    if len(budgets) > 1:
+        print(f"{name} on {panel}: no shares of a budget, as its tasks have from {budgets[0]:,} to {budgets[-1]:,} "
+              "steps: give --budget, or --tasks of one suite.", file=sys.stderr)
     for share in args.at:
-        step = round(share * budget)
+        step = round(share * budgets[0])
         row = {"task": panel, "method": name, "seeds": len(values), "at": share}
-        if steps[0] <= step <= steps[-1]:
+        if len(budgets) == 1 and steps[0] <= step <= steps[-1]:
             last = np.searchsorted(steps, step, "right") - 1
             row |= {"env_step": steps[last], "value": mean[last], "low": low[last], "high": high[last]}
         row |= {"mean": average[0], "mean_low": average_low[0], "mean_high": average_high[0]}
         if args.threshold is not None:
-            row["reached"] = first_reached(steps, values, args.threshold)
+            row["reached"] = first_reached(curves, args.threshold)
         rows.append(row)
     return Result(steps, method.x_of(steps, args.x, len(tasks)), mean, low, high, rows)
 
@@ -307,7 +332,7 @@ def panels(args: Args, methods: dict[str, Method]) -> dict[str, list[str]]:
     tasks = [task for task in known if task not in SPREAD]
     if missing := [task for task in args.tasks or () if task not in tasks]:
         raise UsageError(f"No run is of task '{missing[0]}': the tasks are {', '.join(tasks)}.")
-    tasks = list(args.tasks or tasks)
+    tasks = list(dict.fromkeys(args.tasks or tasks))
     shared = [task for task in tasks if all(task in method.curves for method in methods.values())]
     if args.mean_only and not shared:
         raise UsageError("No task is in all of these methods, so there is no mean to compare: leave --mean-only out.")
@@ -325,10 +350,14 @@ def draw(args: Args, results: dict[str, dict[str, Result]], methods: dict[str, M
     from matplotlib.ticker import EngFormatter
     columns = min(args.columns, len(results))
     rows = -(-len(results) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(0.5 + 3.2 * columns, 0.6 + 2.4 * rows), squeeze=False,
+    legend_columns = min(4, columns)
+    height = 0.4 + 2.4 * rows + 0.2 * -(-len(methods) // legend_columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(0.5 + 3.2 * columns, height), squeeze=False,
                                 sharey=args.metric in ("score", "success", "conflict_share"), layout="constrained")
     palette = plt.get_cmap("tab10" if len(methods) <= 10 else "tab20").colors
-    colors = {name: palette[index % len(palette)] for index, name in enumerate(methods)}
+    if len(methods) > len(palette):
+        palette = plt.get_cmap("turbo")(np.linspace(0, 1, len(methods)))
+    colors = dict(zip(methods, palette, strict=False))
     for ax, (panel, of_panel) in zip(axes.flat, results.items()):
         for name, result in of_panel.items():
             if len(result.steps) > 1:
@@ -351,7 +380,8 @@ def draw(args: Args, results: dict[str, dict[str, Result]], methods: dict[str, M
     for ax in axes[:, 0]:
         ax.set_ylabel(args.metric)
     handles = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(4, columns), fontsize="small")
+    names = [name.replace("$", r"\$") for name in handles]  # no formula
+    figure.legend(handles.values(), names, loc="outside lower center", ncols=legend_columns, fontsize="small")
     save(figure, args.out)
 
 
@@ -388,15 +418,25 @@ def pyplot() -> Any:
     return plt
 
 
-def save(figure: Any, path: Path) -> None:
-    """As a PNG of 255 colours, a third of the bytes; other formats as they are."""
-    figure.savefig(path, dpi=90)
-    pyplot().close(figure)
-    if path.suffix == ".png":
-        from PIL import Image
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises RunError where writing fails."""
+    try:
+        yield
+    except OSError as error:
+        raise harness.RunError(f"{path} cannot be written ({error.strerror}).") from None
 
-        with Image.open(path) as image:
-            image.convert("RGB").quantize(255, dither=Image.Dither.NONE).save(path, optimize=True)
+
+def save(figure: Any, path: Path) -> None:
+    """As a PNG of 255 colours, a third of the bytes; other formats as they are. Raises RunError."""
+    with writing(path):
+        figure.savefig(path, dpi=90)
+        if path.suffix == ".png":
+            from PIL import Image
+
+            with Image.open(path) as image:
+                image.convert("RGB").quantize(255, dither=Image.Dither.NONE).save(path, optimize=True)
+    pyplot().close(figure)
     print(f"Drawn: {path}", file=sys.stderr)
 
 
@@ -408,27 +448,27 @@ def table(args: Args, rows: list[list[dict]]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for shares in rows:
         first = shares[0]
-        cells = [first["task"], first["method"], str(first["seeds"])]
+        cells = [first["task"], first["method"].replace("|", r"\|"), str(first["seeds"])]
         cells += ["{value:.3f} [{low:.3f}, {high:.3f}] ({env_step:,})".format(**row) if "value" in row else ""
                   for row in shares]
         cells.append("{mean:.3f} [{mean_low:.3f}, {mean_high:.3f}]".format(**first))
         if "reached" in first:
-            times = [math.inf if step is None else step for step in first["reached"]]
+            times = [step if there else math.inf for step, there in first["reached"]]
             median = statistics.median(times)
-            cells.append(f"{'never' if median == math.inf else f'{median:,.0f}'}, "
+            cells.append(f"{'not reached' if median == math.inf else f'{median:,.0f}'}, "
                          f"{sum(map(math.isfinite, times))} of {len(times)}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def write_csv(path: Path, rows: list[list[dict]]) -> None:
-    """The table, a row per task, method and share."""
+    """The table, a row per task, method and share. Raises RunError."""
     flat = [{name: f"{value:.3f}" if isinstance(value, float) and name != "at" else value
              for name, value in row.items()} for shares in rows for row in shares]
     for row in flat:
         if "reached" in row:
-            row["reached"] = " ".join("never" if step is None else str(step) for step in row["reached"])
-    with open(path, "w", newline="") as file:
+            row["reached"] = " ".join(str(step) if there else f">{step}" for step, there in row["reached"])
+    with writing(path), open(path, "w", newline="") as file:
         columns = "task,method,seeds,at,env_step,value,low,high,mean,mean_low,mean_high".split(",")
         writer = csv.DictWriter(file, columns + ["reached"] * ("reached" in flat[0]), lineterminator="\n")
         writer.writeheader()
@@ -441,9 +481,11 @@ def check(args: Args) -> None:
     if not args.at or not all(0 < share <= 1 for share in args.at):
         raise UsageError(f"--at is {' '.join(map(str, args.at)) or 'empty'}: give shares of the budget from above 0 "
                          "to 1.")
+    if args.threshold is not None and not math.isfinite(args.threshold):
+        raise UsageError(f"--threshold is {args.threshold}: give a number.")
     for path in filter(None, (args.out, args.csv)):
-        if path.is_dir() or not path.parent.is_dir():
-            raise UsageError(f"{path} cannot be written: give a file in a folder that exists.")
+        if os.path.isdir(path) or not os.access(path.parent, os.W_OK):
+            raise UsageError(f"{path} cannot be written: give a file in a folder that exists and is yours.")
     if args.out.suffix not in (".png", ".pdf", ".svg"):
         raise UsageError(f"--out is {args.out}: give a name that ends in .png, .pdf or .svg.")
 
@@ -451,12 +493,18 @@ def check(args: Args) -> None:
 def main(args: Args | None = None) -> None:
     args = args or tyro.cli(Args, description=__doc__.split("\n\n")[0])
     check(args)
-    for path in args.runs:
-        if path.suffix == ".csv" and path.is_file() and is_map(path):
-            return draw_map(args.out, *read_map(path))
+    maps = [path for path in args.runs if path.suffix == ".csv" and path.is_file() and is_map(path)]
+    if maps and (len(args.runs) > 1 or args.official or args.csv):
+        raise UsageError(f"{maps[0]} is a map of embeddings: give it alone, with --out.")
+    if maps:
+        return draw_map(args.out, *read_map(maps[0]))
     if not args.runs and not args.official:
         raise UsageError("Nothing to draw: give run directories, --official, or both.")
     methods = read_methods(args.runs, args.metric) | read_official(args.official, args.metric)
+    read = {file.resolve() for method in methods.values() for file in method.files.values()}
+    for path in filter(None, (args.out, args.csv)):
+        if path.resolve() in read:
+            raise UsageError(f"{path} is a file of these runs: give another name to write to.")
     for name in args.single:
         if name not in methods:
             raise UsageError(f"--single {name} is none of the methods: they are {', '.join(methods)}.")

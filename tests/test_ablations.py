@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -222,6 +223,12 @@ def test_simba_by_hand():
     logits = agent.critic(batch.obs, batch.action, embedding)[1]
     torch.testing.assert_close(logits, last(last_norm(x)), rtol=1e-4, atol=1e-5)
     assert {"mean", "var", "count"} <= agent.state_dict()["critic"].keys()
+    agent.share, still = 1, batch._replace(obs=torch.tensor([[0.7, 30.1, -90.3]]) + 1e-5 * torch.rand(6, 3))
+    agent = make_agent(critic_depth=1)
+    for _ in range(3):
+        agent.update(still, *torch.randn(2, 6, 2))
+        assert (agent.critic.var >= 0).all() and agent.critic(still.obs, still.action, embedding).isfinite().all()
+    assert ((still.obs - agent.critic.mean) / (agent.critic.var + 1e-8).sqrt()).abs().max() < 1
 
 
 @forked
@@ -260,6 +267,8 @@ def test_gram_matrix_conflicts_and_principal_components_by_hand(max_bytes):
     gram = diagnose.gram_matrix(loss, 3, [a, unused, b], max_bytes)
     assert gram.tolist() == [[5, -1, -2], [-1, 11, 1], [-2, 1, 5]]
     assert diagnose.conflicts(gram).tolist() == [1.0, 0.5, 0.5]  # two of the three pairs
+    gram[0, 0] = np.inf  # the square of a gradient too long for float32
+    assert np.isnan(diagnose.conflicts(gram)).tolist() == [True, False, False]
     points, shares = diagnose.principal_components(np.array([[1.0, 1, 0], [4, 5, 0], [7, 9, 0]]))
     np.testing.assert_allclose(points, [[-5, 0], [0, 0], [5, 0]], atol=1e-12)
     np.testing.assert_allclose(shares, [1, 0], atol=1e-12)
@@ -318,10 +327,22 @@ def test_diagnoses_a_run_and_only_reads_it(script, tmp_path):
         diagnose.main(diagnose.Args(Path("run"), batch_per_task=4, out=Path("out")))
     assert own.read_text() == before
     Path("other").mkdir()
-    Path("other/diagnostics.csv").write_text("of,another,script\n")
+    Path("other/diagnostics.csv").write_bytes(b"of,another,script\n\x89")
     with pytest.raises(harness.UsageError, match="no diagnostics.csv of this script"):
         diagnose.main(diagnose.Args(Path("run"), out=Path("other")))
     facts = json.loads(Path("run/args.json").read_text())
+    with pytest.MonkeyPatch.context() as patch:  # stopped before its last step: nothing is waited for
+        patch.setattr(diagnose, "PATIENCE", -1)
+        Path("run/args.json").write_text(json.dumps(facts | {"total_steps": 60}))
+        followed = diagnose.main(diagnose.Args(Path("run"), batch_per_task=8, out=Path("out"), follow=True))
+        assert {row[:2]: row[2] for row in followed} == rows
+        with open("run/lock") as lock:
+            assert not diagnose.is_training(Path("run"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            assert diagnose.is_training(Path("run"))
+    Path("run/args.json").write_text(json.dumps(facts | {"critic_depth": 1}))
+    with pytest.raises(harness.UsageError, match="are not those of .*brc_sac.py"):
+        diagnose.main(diagnose.Args(Path("run")))
     root = {"format": facts["format"], "program": "transfer.py", "own": {}}
     Path("other/args.json").write_text(json.dumps(root))
     for follow in (False, True):  # where no checkpoint will ever be

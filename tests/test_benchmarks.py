@@ -1,8 +1,10 @@
 """The benchmark scripts: what they count, what they write, and what they refuse. No test looks at a time."""
 
+import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,13 +78,13 @@ def test_seeds_of_one_setting_are_averaged_and_other_settings_stand_apart(tmp_pa
     assert [(row["method"], row["seeds"], row["env_step"], row["value"]) for row in rows] == [
         ("idea (width 64)", "2", "10", "0.250"), ("idea (width 64)", "2", "20", "0.750"),
         ("idea (width 128)", "1", "10", "1.000"), ("idea (width 128)", "1", "20", "1.000")]
-    assert rows[1]["low"] == "0.500" and rows[1]["high"] == "1.000" and rows[0]["reached"] == "never 20"
+    assert rows[1]["low"] == "0.500" and rows[1]["high"] == "1.000" and rows[0]["reached"] == ">20 20"
     assert (tmp_path / "out.png").stat().st_size < 60_000
     out = capsys.readouterr().out
     with pytest.raises(harness.UsageError, match="--single other is none of the methods: they are idea"):
         report.main(report.Args((tmp_path,), single=("other",), out=tmp_path / "out.png"))
     report.main(report.Args((tmp_path,), single=("idea (width 64)",), mean_only=True, out=tmp_path / "out.png"))
-    assert "authors, mw | 5 |" in out and "| never, 1 of 2 |" in out  # the median of 20 and never
+    assert "authors, mw | 5 |" in out and "| not reached, 1 of 2 |" in out  # the median of 20 and later
     make_run(tmp_path / "again", 0, {"reach": [1.0, 1.0]}, tasks=["reach", "push"])
     with pytest.raises(harness.UsageError, match="both seed 0 of idea on reach"):
         report.read_methods([tmp_path], "score")
@@ -95,6 +97,42 @@ def test_seeds_are_drawn_for_all_tasks_of_a_network_at_once(single, low, high):
     method = report.Method(curves=curves, single=single)
     (row,) = report.evaluate(report.Args(), "mean", "idea", method, list(curves)).rows
     assert row["value"] == row["mean"] == 0.5 and (row["low"], row["high"]) == pytest.approx((low, high), abs=0.05)
+
+
+def test_seeds_that_stopped_early_cut_the_curve_and_not_what_another_reached(tmp_path, capsys):
+    make_run(tmp_path / "0", 0, {"reach": [0.1, 0.3, 0.8, 0.9], "push": [0.1, 0.3, 0.8, 0.9]}, total_steps=40)
+    make_run(tmp_path / "1", 1, {"reach": [0.1], "push": [0.1]}, total_steps=40)
+    make_run(tmp_path / "2", 2, {"push": [0.1]}, tasks=["reach", "push"], total_steps=40)
+    report.main(report.Args((tmp_path,), at=(0.25, 1), threshold=0.6, out=tmp_path / "x.png", csv=tmp_path / "x.csv"))
+    out, error = capsys.readouterr()
+    rows = {(row["task"], row["at"]): row for row in read_csv(tmp_path / "x.csv")}
+    assert [rows[task, "0.25"]["reached"] for task in ("reach", "push", "mean of 2 tasks")] == [
+        "30 >10", "30 >10 >10", "30 >10"]
+    assert rows["reach", "0.25"]["env_step"] == "10" and rows["reach", "1"]["env_step"] == ""
+    assert "| not reached, 1 of 2 |" in out
+    assert "idea on push: only 1 of 4 steps, as not all seeds have the others." in error
+    assert "idea on mean of 2 tasks: only 2 of 3 seeds, as others lack a task and 1 of 4 steps" in error
+
+
+def test_shares_are_of_each_tasks_own_budget_and_the_mean_ends_with_the_given_one(tmp_path, capsys):
+    make_run(tmp_path / "0", 0, {"reach": [0.0, 1.0]}, total_steps=20)
+    make_run(tmp_path / "1", 0, {"push": [0.0, 0.2, 0.4, 1.0]}, total_steps=40)
+    args = report.Args((tmp_path,), at=(0.5,), out=tmp_path / "x.png", csv=tmp_path / "x.csv")
+    report.main(args)
+    rows = read_csv(tmp_path / "x.csv")
+    assert [(row["task"], row["env_step"]) for row in rows] == [
+        ("reach", "10"), ("push", "20"), ("mean of 2 tasks", "")]
+    assert "no shares of a budget, as its tasks have from 20 to 40 steps" in capsys.readouterr().err
+    report.main(dataclasses.replace(args, budget=30, tasks=("push", "push")))
+    (row,) = read_csv(tmp_path / "x.csv")
+    assert (row["env_step"], row["value"], row["mean"]) == ("10", "0.000", "0.200")
+
+
+def test_many_methods_fit_and_names_are_no_markup(tmp_path):
+    for index in range(25):
+        make_run(tmp_path / str(index), 0, {"reach": [0.0, 0.5]}, program=f"a|$\\frac${index}")
+    table = report.main(report.Args((tmp_path,), out=tmp_path / "x.png"))
+    assert table is None and (tmp_path / "x.png").exists()
 
 
 def test_runs_with_and_without_arguments_stand_apart(tmp_path):
@@ -128,9 +166,24 @@ def test_damaged_files_are_refused_in_a_sentence(tmp_path, name, text, message):
     assert not (tmp_path / "out.png").exists()
 
 
+def test_what_is_read_is_not_written_over(tmp_path):
+    make_run(tmp_path / "run", 0, {"reach": [0.0, 0.5]})
+    metrics = tmp_path / "run" / "metrics.csv"
+    before = metrics.read_text()
+    with pytest.raises(harness.UsageError, match="is a file of these runs"):
+        report.main(report.Args((metrics,), csv=tmp_path / "run" / ".." / "run" / "metrics.csv"))
+    assert metrics.read_text() == before
+    (tmp_path / "map.csv").write_text("task,reach\nsweep,0.5\n")
+    with pytest.raises(harness.UsageError, match="give it alone"):
+        report.main(report.Args((tmp_path / "map.csv", metrics), out=tmp_path / "x.png"))
+    with pytest.raises(harness.RunError, match="/dev/full cannot be written .No space"):
+        report.main(report.Args((metrics,), out=tmp_path / "x.png", csv=Path("/dev/full")))
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (dict(columns=0), "--columns is 0"), (dict(reps=0), "--reps is 0"), (dict(budget=-5), "--budget is -5"),
     (dict(at=()), "--at is empty"), (dict(at=(0.5, 2)), "--at is 0.5 2"), (dict(csv=ROOT), "cannot be written"),
+    (dict(threshold=float("nan")), "--threshold is nan"), (dict(csv=ROOT / ("x" * 300) / "x"), "cannot be written"),
     (dict(out=ROOT / "none" / "x.png"), "cannot be written"), (dict(out=ROOT / "x.foo"), "ends in .png, .pdf or .svg")])
 def test_arguments_of_the_report_are_checked_before_it_reads(arguments, message):
     with pytest.raises(harness.UsageError, match=message):
