@@ -166,7 +166,8 @@ def resolve(args: Args) -> Args:
                         "hidden_width", "embedding_dim", "epsilon_decay_steps", "max_frames", "threads")
     # An n-step return is complete n steps later, so there is nothing to learn from before.
     harness.check_range(args, args.n_step, math.inf, "learning_starts", "buffer_size")
-    harness.check_range(args, 0, math.inf, "seed", "weight_decay")
+    harness.check_range(args, 0, math.inf, "seed")
+    harness.check_range(args, 0, 1e12, "weight_decay")
     harness.check_range(args, 2, math.inf, "num_atoms")
     harness.check_range(args, 1e-12, 1e6, "learning_rate", "adam_eps", "v_max")
     harness.check_range(args, 1 / 128, 64, "encoder_scale")
@@ -422,11 +423,6 @@ class ReplayBuffer:
         self.frames[self.steps % len(self.rows)] = devices.send(next_obs[:, -1], self.device)
         self.end_episodes(np.flatnonzero(terminated | truncated))
 
-    def current_obs(self) -> Tensor:
-        """What followed the newest step: [N, 4, 84, 84]."""
-        task_id = torch.arange(self.num_tasks, device=self.device)
-        return self.next_obs(task_id, torch.full_like(task_id, (self.steps - 1) % len(self.rows)))
-
     def end_episodes(self, tasks: np.ndarray) -> None:
         """Makes the newest step the last of the episodes of `tasks`, and the current frame their true last one."""
         if len(tasks):
@@ -584,8 +580,9 @@ class Agent:
             network.to(memory_format=torch.channels_last)
         self.critic_optimizer = make_adamw(self.critic.parameters(), args)
         # All that makes an update fast, but for cudnn's search in `update`; eager float32 is the same code.
-        torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
-        torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
+        tf32 = args.precision == "tf32" and self.device.type == "cuda"
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=args.precision == "bf16")
         self.critic_loss = devices.compiled(critic_loss) if args.compile else critic_loss
 
@@ -808,15 +805,13 @@ def raw_value(agent: Agent, normalizer: ReturnNormalizer, obs: np.ndarray) -> np
 
 
 def restore(state: dict, agent: Agent, normalizer: ReturnNormalizer, buffer: ReplayBuffer) -> int:
-    """Sets a run to its checkpoint's state; returns the step. Environments start anew: running episodes are cut."""
+    """Sets a run to its checkpoint's state; returns the step. Environments start anew: running episodes are cut.
+
+    The returns of these are not counted: they may be far from those of a whole one.
+    """
     agent.load_state_dict(state["agent"])
     normalizer.load_state_dict(state["normalizer"])
-    last_value = np.zeros(agent.num_tasks)
-    if state["env_step"] > agent.args.learning_starts:
-        last_value = raw_value(agent, normalizer, buffer.current_obs().cpu().numpy())
-    for task, rewards in enumerate(normalizer.episode_rewards):
-        if rewards:
-            normalizer.finish(task, False, last_value[task])
+    normalizer.episode_rewards = [[] for _ in normalizer.episode_rewards]
     buffer.end_episodes(np.flatnonzero(buffer.episode_steps))  # a life that was just lost has ended the normaliser's
     return state["env_step"]
 

@@ -177,7 +177,7 @@ def resolve(args: Args) -> Args:
                         "checkpoint_interval", "updates_per_step", "batch_size", "learning_starts", "buffer_size",
                         "critic_depth", "actor_depth", "actor_width", "embedding_dim", "threads")
     harness.check_range(args, 0, 2**32 - 43, "seed")  # NumPy's most; evaluation's is 42 more
-    harness.check_range(args, 0, math.inf, "workers", "weight_decay", "total_steps")  # 0: to evaluate alone
+    harness.check_range(args, 0, 1e12, "workers", "weight_decay", "total_steps")  # 0: to evaluate alone
     harness.check_range(args, 2, math.inf, "num_atoms")
     harness.check_range(args, 1e-12, 1e6, "learning_rate", "v_max", "init_temperature")
     harness.check_range(args, 0, 0.99999, "gamma")
@@ -838,8 +838,10 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
                 run.log(ChainMap(*devices.gather(scalars)), env_step)  # of losses, the first rank's
     except EnvError as error:
         run.check_finite(metrics, env_step)
-        save()
-        raise harness.RunError(f"{error}\nStopped at step {env_step:,}. To go on: {run.go_on}") from None
+        if size == 1:  # other ranks are in the midst of a step
+            save()
+        raise harness.RunError(f"{error}\nStopped at step {env_step:,}, saved at {run.saved_step}. To go on: "
+                               f"{run.go_on}") from None
     finally:
         run.close()
         envs.close()
@@ -855,15 +857,14 @@ def raw_value(agent: Agent, normalizer: ReturnNormalizer, obs: np.ndarray) -> np
 
 
 def restore(state: dict, agent: Agent, normalizer: ReturnNormalizer, buffer: ReplayBuffer) -> int:
-    """Sets a run to its checkpoint's state; returns the step. Environments start anew: running episodes are cut."""
+    """Sets a run to its checkpoint's state; returns the step. Environments start anew: running episodes are cut.
+
+    The returns of these are not counted: the release would take their first rewards for the mean of a whole one.
+    """
     agent.load_state_dict(state["agent"])
     normalizer.load_state_dict(state["normalizer"])
     running = [task for task, rewards in enumerate(normalizer.episode_rewards) if rewards]
-    last_value = np.zeros(agent.num_tasks)
-    if state["env_step"] > agent.args.learning_starts:
-        last_value = raw_value(agent, normalizer, buffer.current_obs().cpu().numpy())
-    for task in running:
-        normalizer.finish(task, False, last_value[task])
+    normalizer.episode_rewards = [[] for _ in normalizer.episode_rewards]
     buffer.end_episodes(np.array(running, int))
     return state["env_step"]
 

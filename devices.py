@@ -5,6 +5,7 @@ import collections
 import itertools
 import math
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -45,13 +46,22 @@ def choose_device(name: str, threads: int | None = None) -> torch.device:
     return device
 
 
+def processor() -> str:
+    """This machine's CPU, and how many of its cores this process may use."""
+    model, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    return f"{model}, {num_cores()} cores"
+
+
 def environment(name: str) -> dict[str, Any]:
     """For args.json: commit, hardware and versions with which a run on device `name` computes."""
     git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     gpu = torch.cuda.is_available() and name != "cpu"
     return {"git_commit": commit or None,
-            "hardware": torch.cuda.get_device_name() if gpu else f"CPU, {os.cpu_count()} cores",
+            "hardware": torch.cuda.get_device_name() if gpu else processor(),
             "versions": {"python": sys.version.split()[0]} | {x.name: x.version for x in distributions() if x.name}}
 
 

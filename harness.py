@@ -49,11 +49,12 @@ def exit_on_error(function: Callable, *args: Any) -> Any:
     except (UsageError, RunError, EnvError) as error:
         print(f"{PROGRAM.name}: {error}", file=sys.stderr)
         raise SystemExit(1 if isinstance(error, RuntimeError) else 2) from None
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, OSError) as error:
         text = f"{type(error).__name__}: {error}".splitlines()[0]
-        if not any(refusal in text for refusal in ("MemoryError", "OutOfMemoryError", "DefaultCPUAllocator")):
+        refusals = "MemoryError", "OutOfMemoryError", "DefaultCPUAllocator", "No space left"
+        if not any(refusal in text for refusal in refusals):
             raise
-        print(f"{PROGRAM.name}: Out of memory: {text}. Try a smaller network, batch or --buffer-size.", file=sys.stderr)
+        print(f"{PROGRAM.name}: Out of space: {text}. Try a smaller network, batch or --buffer-size.", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
@@ -165,7 +166,9 @@ class Run:
     @property
     def go_on(self) -> str:
         """The command that continues this run."""
-        torchrun = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
+        of_node, size = (int(os.environ.get(name, 1)) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+        nodes = ["--nnodes", str(size // of_node)] * (size > of_node)
+        torchrun = ["torchrun", *nodes, "--nproc-per-node", str(of_node)]
         launcher = torchrun if "LOCAL_WORLD_SIZE" in os.environ else ["python"]
         return shlex.join([*launcher, str(PROGRAM), *self.arguments.split(), "--resume", str(self.root)])
 
@@ -182,8 +185,8 @@ class Run:
             self.dir, self.lock = claim(self.root / f"rank{self.rank}", self.args)
         if self.args.resume:
             if size != (before := json.loads((self.root / "args.json").read_text())["ranks"]):
-                raise UsageError(f"{self.root} is a run of {before} processes and cannot go on with {size}: start it "
-                                 f"with torchrun --nproc-per-node {before}, or without torchrun for one.")
+                raise UsageError(f"{self.root} is a run of {before} processes and cannot go on with {size}: start as "
+                                 f"many, with torchrun --nproc-per-node {before} on one machine, or without for one.")
             self.state = read_checkpoint(self.dir, buffer, goes_on=True)
             step = -devices.largest([-self.state.get("env_step", 0)])[0]
             if step < self.state.get("env_step", 0):  # another rank has lost its newest

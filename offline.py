@@ -92,6 +92,8 @@ def resolve(args: Args) -> Args:
     harness.check_range(harness.fill(args, last=1, max_transitions=1), 1, math.inf, "last", "max_transitions")
     harness.check_range(args, 2, math.inf, "updates")
     harness.check_range(args, 0, 1e6, "bc_weight")
+    if args.bc_only and args.bc_weight != Args.bc_weight:
+        raise UsageError("--bc-weight has no effect with --bc-only, which clones alone: leave one of them out.")
     return args
 
 

@@ -38,7 +38,6 @@ import tyro
 import harness
 import suites
 from harness import UsageError
-from suites.vector import VectorEnv
 
 # ------------------------------------------------------------------------------------------------------- arguments
 
@@ -49,7 +48,7 @@ class Args:
 
     method: tyro.conf.Positional[Literal["model", "embedding", "data"]] = tyro.MISSING
     """Go on from the networks, keep them frozen and find an embedding, or learn from scratch with the old replay."""
-    checkpoint: str | None = None  # run directory of the pretrained agent
+    checkpoint: str | None = None  # run directory of the pretrained agent; data reads its replay again at --resume
     task: tuple[str, ...] = ()  # new task, or several, one after another, each in a folder of its own
     suite: str | None = None  # in place of --task, the transfer tasks of mw, hb-medium, hb-hard, sh or atari
     allow_seen: bool = False  # accept tasks that were in the pretraining
@@ -74,7 +73,7 @@ class Args:
     log_interval: int = 500  # environment steps between TensorBoard scalars
     checkpoint_interval: int | None = None  # environment steps between checkpoints; default every evaluation
     save_replay: bool = True  # keep the replay in the checkpoints; without it a run cannot be resumed
-    compile: bool = True  # torch.compile the losses where it is worth it
+    compile: bool = True  # torch.compile the losses where it is worth it; in Atari where the pretraining did
     start: Literal["mean", "best"] = "mean"  # model: the embedding at first: mean of the old ones, or the best by trial
     temperature: Literal["pretrained", "initial"] = "pretrained"  # model: SAC's at first; the initial one explores anew
     prior_tasks: Literal["separate", "merged"] = "separate"  # data: old tasks as their own, or in the new one's buffer
@@ -146,10 +145,9 @@ def resolve(args: Args) -> Args:
 def read_facts(checkpoint: str) -> tuple[tuple[str, ...], Path]:
     """The tasks of the run in a directory, and the agent's program. Raises UsageError."""
     facts = harness.read_args(Path(checkpoint), Args)[1]
-    if "tasks" not in facts:
-        raise UsageError(f"{checkpoint} holds the runs of several tasks: give a folder in it.")
-    if facts["ranks"] > 1 or "action_repeat" in facts:
-        raise UsageError(f"{checkpoint} is a run of offline.py or of several ranks: transfer takes one online run.")
+    if "tasks" not in facts or facts["ranks"] > 1 or "action_repeat" in facts:
+        raise UsageError(f"{checkpoint} holds the runs of several tasks, or a run of several ranks or of offline.py: "
+                         "give the folder of one online run.")
     program = Path(facts.get("agent", facts["program"]))  # the program of a transferred run is this one
     return tuple(facts["tasks"]), program if program.exists() else Path(__file__).with_name(program.name)
 
@@ -214,19 +212,19 @@ def load_pretrained(args: Args) -> Pretrained:
 
 def learner_args(pretrained: Pretrained, exp_name: str, task: str, folder: Path) -> Any:
     """The agent's own arguments for one new task: those of the pretraining, but for what the transfer sets."""
-    args, most, first = pretrained.args, pretrained.space, getattr(pretrained.old, "n_step", 1)  # of brc_drq.py
-    begun, Agent = (folder / "args.json").exists(), pretrained.agent.Args
-    unset = harness.read_args(folder, Agent)[0] if begun else Agent  # a number in brc_drq.py
+    args, old, most, Agent = pretrained.args, pretrained.old, pretrained.space, pretrained.agent.Args
+    first = getattr(old, "n_step", 1)  # of brc_drq.py
+    unset = harness.read_args(folder, Agent)[0] if (folder / "args.json").exists() else Agent  # a number in brc_drq.py
     changes = {name: getattr(unset, name) if value is None else value
-               for name, value in vars(args).items() if hasattr(pretrained.old, name)} | dict(
+               for name, value in vars(args).items() if hasattr(old, name)} | dict(
         suite=Agent.suite, tasks=(task,), resume=None, run_dir=str(folder), exp_name=exp_name,
         replay_device=str(pretrained.prior.device) if args.uses_replay else args.replay_device)
-    changes |= {} if most else {"final_eval_episodes": args.eval_episodes}
+    changes |= {} if most else {"final_eval_episodes": args.eval_episodes, "compile": args.compile & old.compile}
     changes |= {"goals": None} if most and not hasattr(suites.benchmark(task), "GOALS") else {}
     if args.method == "embedding":  # of zero-shot and select there is nothing to learn
         changes |= dict(total_steps=args.cost + first + 1, learning_starts=max(first, args.spent), compile=False,
                         eval_interval=args.cost or 1, checkpoint_interval=100, updates_per_step=args.tune_updates)
-    result = pretrained.agent.resolve(dataclasses.replace(pretrained.old, **changes))
+    result = pretrained.agent.resolve(dataclasses.replace(old, **changes))
     if args.method == "embedding":
         result = dataclasses.replace(result, total_steps=args.cost)
     elif result.total_steps <= args.spent:
@@ -241,9 +239,11 @@ def learner_args(pretrained: Pretrained, exp_name: str, task: str, folder: Path)
     return result
 
 
-def prepare(pretrained: Pretrained, run: harness.Run, agent: Any, normalizer: Any, buffer: Any) -> Any:
+def prepare(pretrained: Pretrained, of_all: dict, run: harness.Run, agent: Any, normalizer: Any, buffer: Any) -> Any:
     """Sets up the fresh learner of one new task as the protocol says; returns what to sample batches from."""
     args = pretrained.args
+    if of_all:  # several tasks have one more args.json, for --resume; here nothing can be refused any more
+        harness.begin(run.root.parent, of_all)
     if args.uses_replay:
         count, separate = len(pretrained.old.tasks), args.prior_tasks == "separate"
         copy_scales(pretrained, slice(count), normalizer, slice(1, None) if separate else slice(1))
@@ -329,12 +329,12 @@ def trial(pretrained: Pretrained, run: harness.Run, agent: Any, name: str, norma
 
     Returns the means over whole episodes, or what the only one came to. After a signal --resume makes all trials anew.
     """
-    seed, (task,) = harness.derived_seed(run.args.seed, "trial"), run.args.tasks
+    args, seed, (task,) = run.args, harness.derived_seed(run.args.seed, "trial"), run.args.tasks
     if pretrained.space:
-        envs, how = VectorEnv((task,), run.args.seed, pad_to=pretrained.space, goals=run.args.goals), (None,)
+        envs, how = suites.vector.VectorEnv((task,), args.seed, pad_to=pretrained.space, goals=args.goals), (None,)
     else:  # brc_drq.py
-        envs = suites.atari.Games((task,), run.args.max_frames)
-        how = agent.task_ids, run.args.eval_epsilon, torch.Generator(agent.device).manual_seed(seed)
+        envs = suites.atari.Games((task,), args.max_frames)
+        how = agent.task_ids, args.eval_epsilon, torch.Generator(agent.device).manual_seed(seed)
     episodes, running, obs = [], (0.0, np.nan), envs.reset(seed=seed)
     for left in reversed(range(pretrained.args.transitions_per_candidate)):
         if run.stop:
@@ -343,7 +343,7 @@ def trial(pretrained: Pretrained, run: harness.Run, agent: Any, name: str, norma
         step = envs.step(action)
         if buffer:
             lost = [step.life_lost] if hasattr(step, "life_lost") else []
-            reward = step.reward.clip(-1, 1) if getattr(run.args, "clip_rewards", False) else step.reward
+            reward = step.reward.clip(-1, 1) if getattr(args, "clip_rewards", False) else step.reward
             buffer.add(obs, action, reward, step.terminated, step.truncated | (left == 0), *lost, step.next_obs)
             normalizer.observe(reward, np.logical_or.reduce([step.terminated, *lost]), step.truncated)
         running = running[0] + float(step.reward[0]), float(np.fmax(running[1], getattr(step, "success", [np.nan])[0]))
@@ -412,14 +412,14 @@ def main(args: Args | None = None) -> list[dict[str, float]]:
     go_on = shlex.join(["python", str(harness.PROGRAM), args.method, "--resume", str(root)])
     if not args.resume:
         harness.check_empty(root)
-    if several:  # for --resume what a run has for its one task
+    if several:
         print(f"{len(runs)} tasks, one after another; to go on with all of them after a stop: {go_on}", flush=True)
-        harness.begin(root, {"format": harness.FORMAT, "program": str(harness.PROGRAM.resolve()), "go_on": go_on,
-                             "own": vars(args) | {"resume": None}})
+    top = several and {"format": harness.FORMAT, "program": str(harness.PROGRAM.resolve()), "go_on": go_on,
+                       "own": vars(args) | {"resume": None}}  # args.json of all the tasks
     own = {"suite": None} | {key: value for key, value in vars(args).items()
                              if key == "eval_episodes" or not hasattr(pretrained.old, key)}
     rows = 1 + len(pretrained.old.tasks) * args.uses_replay if pretrained.embeddings or args.uses_replay else 0
-    start = pretrained.agent.Start(lambda *new: prepare(pretrained, *new), rows * (args.prior_tasks == "separate"),
+    start = pretrained.agent.Start(lambda *new: prepare(pretrained, top, *new), rows * (args.prior_tasks == "separate"),
                                    pretrained.space, args.uses_networks, args.spent, args.method)
     for folder, one in runs:
         if outcome(folder, one.total_steps):

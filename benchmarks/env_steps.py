@@ -28,6 +28,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import devices  # noqa: E402
 import harness  # noqa: E402
 import suites  # noqa: E402
 from suites.atari import Games  # noqa: E402
@@ -74,7 +75,7 @@ def measure(tasks: tuple[str, ...], workers: int, steps: int, repeats: int) -> f
         actions = rng.uniform(-1.0, 1.0, (steps, envs.num_envs, envs.act_dim)).astype(np.float32)
         for action in actions[:10]:
             envs.step(action)
-            return seconds_per_step(envs.step, actions, repeats)
+        return seconds_per_step(envs.step, actions, repeats)
     finally:
         envs.close()
 
@@ -113,16 +114,6 @@ def measure_games(games: tuple[str, ...], native: bool, steps: int, repeats: int
     return seconds_per_step(step, actions, repeats)
 
 
-def hardware() -> str:
-    """This machine's processor, and how many of its cores this process may use."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    return f"{model}, {num_cores()} cores"
-
-
 def main(args: Args | None = None) -> None:
     args = args or tyro.cli(Args, description=__doc__.split("\n\n")[0])
     if unknown := [suite for suite in args.suites if suite not in suites.SUITES]:
@@ -150,7 +141,7 @@ def main(args: Args | None = None) -> None:
                     "workers": workers,
                     "env_steps_per_s": f"{len(tasks) / seconds:.0f}",
                     "ms_per_vector_step": f"{seconds * 1e3:.2f}",
-                    "hardware": hardware(),
+                    "hardware": devices.processor(),
                     "load": f"{load:.1f}",
                     "versions": " ".join(versions),
                     "date": datetime.date.today().isoformat(),

@@ -7,6 +7,10 @@
 # Stopped, it goes on when it is called again. An offline run makes as many updates as the online run whose replay it
 # learns from. Results: DIR/*/metrics.csv; benchmarks/report.py draws and tabulates them.
 set -euo pipefail
+if [ $# -lt 2 ] || [[ $1 != seed && $1 != weights ]]; then
+    echo "offline.sh: arguments are '$*': give seed or weights, and a seed's number." >&2
+    exit 2
+fi
 cd "$(dirname "$0")/.."
 source benchmarks/resumable.sh
 what=$1 seed=$2 out=${3:-runs/offline}

@@ -19,8 +19,8 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import devices  # noqa: E402
 import harness  # noqa: E402
-from benchmarks.env_steps import hardware  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def main(args: Args) -> None:
             print(f"{size} processes: {of_size[-1]:.2f} steps per second", flush=True)
     rows = [{"suite": args.suite, "width": args.width, "processes": size, "threads_each": 1,
              "steps_per_second": f"{statistics.median(of_size):.3f}", "lowest": f"{min(of_size):.3f}",
-             "highest": f"{max(of_size):.3f}", "hardware": hardware(), "command": " ".join(sys.argv)}
+             "highest": f"{max(of_size):.3f}", "hardware": devices.processor(), "command": " ".join(sys.argv)}
             for size, of_size in speeds.items()]
     if args.csv:
         with open(args.csv, "w", newline="") as file:

@@ -404,7 +404,7 @@ def embedding_map(root: Path, folders: dict[str, Path], embeddings: Sequence[str
         with open(folder / "candidates.csv", newline="") as file:
             trials = {row["embedding"]: float(row["score"]) for row in csv.DictReader(file)}
         scores.append([trials[name] for name in embeddings])
-    with open(root / "embedding_map.csv", "w", newline="") as file:
+    with writing(root / "embedding_map.csv"), open(root / "embedding_map.csv", "w", newline="") as file:
         rows = [[task, *row] for task, row in zip(folders, scores, strict=True)]
         csv.writer(file, lineterminator="\n").writerows([["task", *embeddings], *rows])
     draw_map(root / "embedding_map.png", list(folders), embeddings, scores)

@@ -40,6 +40,8 @@ def main(args: Args | None = None) -> None:
     args = args or tyro.cli(Args, description=__doc__.split("\n\n")[0])
     _, facts = harness.read_args(args.run, brc_sac.Args)
     state = harness.read_checkpoint(args.run)
+    if not (args.run / "metrics.csv").exists():
+        raise harness.UsageError(f"{args.run} has no metrics.csv, which says how good its networks are: put it there.")
     harness.check_empty(args.out)
     args.out.mkdir(parents=True, exist_ok=True)
     program = Path(facts["program"]).name

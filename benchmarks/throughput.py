@@ -41,7 +41,6 @@ import brc_sac  # noqa: E402
 import devices  # noqa: E402
 import harness  # noqa: E402
 import suites  # noqa: E402
-from benchmarks.env_steps import hardware  # noqa: E402
 from suites.vector import VectorEnv, default_workers  # noqa: E402
 
 
@@ -374,7 +373,7 @@ def loop(args: Args, width: int, precision: str, compile: bool, graph: bool, dev
 def facts_of(device: torch.device) -> dict:
     """Hardware, versions, date and command."""
     name = f"{torch.cuda.get_device_name(device)}, " if device.type == "cuda" else ""
-    return {"hardware": f"{name}{hardware()}, {torch.get_num_threads()} threads",
+    return {"hardware": f"{name}{devices.processor()}, {torch.get_num_threads()} threads",
             "machine": platform.machine(), "torch": torch.__version__, "python": platform.python_version(),
             "date": datetime.date.today().isoformat(), "command": " ".join(["python", *sys.argv])}
 

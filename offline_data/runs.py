@@ -31,7 +31,7 @@ class RunReplay:
         for rank in range(size := facts.get("ranks", 1)):  # those of torchrun had a share of the tasks each
             folder, names = run_dir / f"rank{rank}" if rank else run_dir, args.tasks[rank::size]
             state = harness.read_checkpoint(folder)
-            if "buffer" not in state:
+            if not state.get("buffer"):  # of transfer.py, or of slim.py
                 raise UsageError(f"{folder} holds no replay: give runs of brc_sac.py.")
             if not rank:
                 *sizes, _, _ = state["agent"]["sizes"]

@@ -55,6 +55,8 @@ def resolve(suite: str | None, tasks: tuple[str, ...] | None, split: str) -> tup
     Explicit task names win over the suite; None stands for its own. Raises SuiteError for unknown names, for none, for
     names joined by commas, for a task given twice, and for a split the suite does not have.
     """
+    if suite is not None and suite not in SUITES:
+        raise SuiteError(f"Unknown suite '{suite}': the suites are {', '.join(SUITES)}.")
     if tasks is not None:
         if not tasks:
             raise SuiteError("--tasks was given without names: name one or more, or leave it out for the suite's.")
@@ -67,8 +69,6 @@ def resolve(suite: str | None, tasks: tuple[str, ...] | None, split: str) -> tup
         if duplicates:
             raise SuiteError(f"Task '{duplicates[0]}' was given more than once: name each task once.")
         return tuple(tasks)
-    if suite not in SUITES:
-        raise SuiteError(f"Unknown suite '{suite}': the suites are {', '.join(SUITES)}.")
     if split == "all":
         return SUITES[suite].tasks
     if not SUITES[suite].pretrain:

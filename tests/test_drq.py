@@ -357,7 +357,7 @@ def test_a_short_run_of_real_games_whose_stacks_are_stored_as_they_were_shown(tm
         add(buffer, obs, action, reward, terminated, truncated, life_lost, next_obs)
         newest = torch.full((2,), (buffer.steps - 1) % len(buffer.rows))
         np.testing.assert_array_equal(buffer.stack(torch.arange(2), newest), obs)
-        np.testing.assert_array_equal(buffer.current_obs(), next_obs)
+        np.testing.assert_array_equal(buffer.next_obs(torch.arange(2), newest), next_obs)
         ends.append((truncated.any(), life_lost.any()))
 
     ends, add = [], ReplayBuffer.add

@@ -19,7 +19,7 @@ from tensordict import TensorDict
 import brc_sac
 import harness
 import offline
-from conftest import Program
+from conftest import ROOT, Program
 from offline_data import tdmpc2
 from offline_data.runs import RunReplay
 from offline_data.transitions import Transitions
@@ -123,6 +123,8 @@ def test_runs_without_transitions_of_ours_are_refused(tmp_path):
         torch.save({"format": harness.FORMAT, "env_step": 1}, tmp_path / task / "checkpoint.pt")
         with pytest.raises(harness.UsageError, match=reason):
             RunReplay(tmp_path / task, None, None)
+    with pytest.raises(harness.UsageError, match="holds no replay"):
+        RunReplay(ROOT / "pretrained" / "mw7", None, None)
     write_run(tmp_path / "unborn", steps=0)
     (tmp_path / "several").mkdir()
     (tmp_path / "several" / "args.json").write_text(json.dumps({"format": harness.FORMAT, "program": "transfer.py"}))
@@ -379,7 +381,8 @@ def test_what_cannot_be_learned_from_is_refused_in_one_sentence(program, monkeyp
     write_run(program.folder / "source")
     for arguments, reason in (
             ("bad", "chunk_0.pt"), ("source mt80", "cannot be joined"), ("nothing", "neither a run"),
-            ("mt80 --tasks reach", "no transitions of reach"), ("mt80 --last 5", "--last is for runs")):
+            ("mt80 --tasks reach", "no transitions of reach"), ("mt80 --last 5", "--last is for runs"),
+            ("mt80 --bc-only --bc-weight 5", "--bc-weight has no effect with --bc-only")):
         assert reason in program.refused(f"--data {arguments} {FLAGS}")
     monkeypatch.setenv("MUJOCO_GL", "off")  # before anything is created
     for source in ("source", "mt80"):

@@ -56,6 +56,7 @@ def test_task_tables_agree_with_the_simulators():
     ((None, ("walker-wlak",), "all"), "'walker-wlak'.*walker-walk"),
     ((None, ("reach", "push", "reach"), "all"), "'reach' was given more than once"),
     (("metaworld", None, "all"), "Unknown suite 'metaworld'.* mw"),
+    (("metaworld", ("reach",), "all"), "Unknown suite 'metaworld'.* mw"),
     (("dmc-dogs", None, "pretrain"), "'dmc-dogs' has no pretrain split.* mw"),
     (("mw", (), "all"), "--tasks was given without names"),
     (("mw", ("reach,push",), "all"), "separated by spaces, .*: --tasks reach push."),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch.multiprocessing as multiprocessing
 
 import brc_sac
 import devices
+import harness
 from conftest import ROOT, SMALL, Program, at_step, checkpoint
 
 TASKS = ("cartpole-swingup", "reacher-easy", "ball_in_cup-catch")
@@ -133,13 +135,32 @@ def test_a_signal_to_one_rank_stops_all_and_they_go_on_together(sac):
     assert checkpoint(run_dir)["env_step"] == checkpoint(run_dir / "rank1")["env_step"] > 40
     assert json.loads((run_dir / "args.json").read_text())["ranks"] == 2
     assert "is a run of 2 processes" in sac.refused(f"--resume {run_dir}")
-
     (run_dir / "rank1/checkpoint.pt").unlink()  # then both take the one before
     assert ranks.run(f"--resume {run_dir}") == [0, 0], second.err
     assert json.loads((run_dir / "args.json").read_text())["resumed"][-1]["env_step"] == 40
     rows = [row.rsplit(",", 1)[0] for row in (run_dir / "metrics.csv").read_text().splitlines()[1:]]
     metrics, evaluations = ("return", "success", "score"), (20, 40, 60, 80)
     assert len(rows) == len(set(rows)) == len(metrics) * len(evaluations) * 3
+
+
+def test_an_environment_that_fails_on_one_rank_leaves_all_of_them_at_one_checkpoint(sac):
+    def fail(*_):
+        raise brc_sac.EnvError("Task 'b' failed.")
+
+    run_dir, ranks = sac.folder / "run", Ranks(sac, 2)
+    codes = ranks.run(f"{SMALL['brc_sac']} --run-dir {run_dir}", lambda rank: rank and at_step(45, fail))
+    failed = ranks.programs[1]
+    assert codes[1] == 1 and codes[0], failed.err
+    assert re.search(r"Task 'b' failed.(?s:.*)Stopped at step 4\d, saved at 40. To go on: torchrun", failed.err)
+    assert checkpoint(run_dir)["env_step"] == checkpoint(run_dir / "rank1")["env_step"] == 40
+
+
+def test_the_command_that_goes_on_names_the_nodes(monkeypatch):
+    monkeypatch.setattr(harness.signal, "signal", lambda *_: None)
+    for local, size, launcher in (("2", "6", "torchrun --nnodes 3 --nproc-per-node 2"), ("2", "2", "torchrun --nproc")):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+        monkeypatch.setenv("WORLD_SIZE", size)
+        assert harness.Run(brc_sac.Args(run_dir="x", exp_name="x")).go_on.startswith(launcher)
 
 
 def test_the_death_of_a_rank_ends_the_other(sac):

@@ -54,8 +54,8 @@ class Transfers:
     patch: pytest.MonkeyPatch
     made: list = dataclasses.field(default_factory=list)
 
-    def spy(self, pretrained, run, agent, normalizer, buffer, prepare=transfer.prepare):
-        replay = prepare(pretrained, run, agent, normalizer, buffer)
+    def spy(self, pretrained, of_all, run, agent, normalizer, buffer, prepare=transfer.prepare):
+        replay = prepare(pretrained, of_all, run, agent, normalizer, buffer)
         state = deepcopy(agent.state_dict()) | {"normalizer": deepcopy(normalizer.state_dict()), "steps": buffer.steps}
         self.made.append(SimpleNamespace(agent=agent, buffer=buffer, replay=replay, **state))
         return replay
@@ -354,6 +354,7 @@ def test_the_agent_is_the_program_that_wrote_the_checkpoint(transfers, tmp_path)
     ("model --checkpoint {games} --task Boxing --temperature initial", "--temperature has no effect .* in Atari"),
     ("model {new} --baseline --temperature initial", "no effect with model --baseline"),
     ("embedding {new} --full-map --mode zero-shot", "--full-map has no effect"),
+    ("model {new} reach-wall --replay-device nope", "Device 'nope' is not on this machine"),
     ("embedding {new} --tune-updates 2", "no effect with embedding --mode select:"),
     ("embedding {new} --total-steps 9", "--total-steps has no effect with embedding"),
     ("embedding {new} --candidates 4", "--candidates is 4: .* at least 1 and at most 3"),
@@ -498,5 +499,5 @@ def test_all_protocols_take_a_checkpoint_of_brc_drq(transfers, monkeypatch, tmp_
     for options, games in (("", (10, 100)), ("--eval-episodes 3", (3, 3))):
         own = transfers.parse(f"data --checkpoint {tmp_path / 'pre'} --task Bowling {options}")
         learner = transfer.learner_args(transfer.load_pretrained(own), "x", "Bowling", tmp_path / "x")
-        assert (learner.learning_starts, learner.eval_interval) == (1600, 10_000)
+        assert (learner.learning_starts, learner.eval_interval, learner.compile) == (1600, 10_000, False)
         assert (learner.eval_episodes, learner.final_eval_episodes) == games
