@@ -62,6 +62,8 @@ class Args:
     """Of these tasks only."""
     metric: Literal["score", "success", "return", "td_loss", "gradient_norm", "entropy", "conflict_share"] = "score"
     """Of metrics.csv, or from td_loss on of the diagnostics.csv that diagnose.py has written."""
+    methods: tuple[str, ...] | None = None
+    """Of these methods only, by their names in the table, in this order; the authors' too."""
     single: tuple[str, ...] = ()
     """Methods that are a network per task, where no args.json says so."""
     mean_only: bool = False
@@ -505,10 +507,13 @@ def main(args: Args | None = None) -> None:
     for path in filter(None, (args.out, args.csv)):
         if path.resolve() in read:
             raise UsageError(f"{path} is a file of these runs: give another name to write to.")
+    for flag in ("methods", "single"):
+        for name in getattr(args, flag) or ():
+            if name not in methods:
+                raise UsageError(f"--{flag} {name} is none of the methods: they are {', '.join(methods)}.")
     for name in args.single:
-        if name not in methods:
-            raise UsageError(f"--single {name} is none of the methods: they are {', '.join(methods)}.")
         methods[name].single = True
+    methods = {name: methods[name] for name in args.methods or methods}
     results: dict[str, dict[str, Result]] = {}
     for panel, tasks in panels(args, methods).items():
         here = {name: evaluate(args, panel, name, method, tasks) for name, method in methods.items()

@@ -84,6 +84,14 @@ def test_seeds_of_one_setting_are_averaged_and_other_settings_stand_apart(tmp_pa
     with pytest.raises(harness.UsageError, match="--single other is none of the methods: they are idea"):
         report.main(report.Args((tmp_path,), single=("other",), out=tmp_path / "out.png"))
     report.main(report.Args((tmp_path,), single=("idea (width 64)",), mean_only=True, out=tmp_path / "out.png"))
+    with pytest.raises(harness.UsageError, match="--methods other is none of the methods: they are idea"):
+        report.main(report.Args((tmp_path,), methods=("other",), out=tmp_path / "out.png"))
+    report.main(report.Args((tmp_path,), methods=("idea (width 128)", "idea (width 64)"), mean_only=True,
+                            out=tmp_path / "out.png", csv=tmp_path / "two.csv"))
+    assert [row["method"] for row in read_csv(tmp_path / "two.csv")] == ["idea (width 128)", "idea (width 64)"]
+    report.main(report.Args((tmp_path,), methods=("idea (width 128)",), out=tmp_path / "out.png",
+                            csv=tmp_path / "one.csv"))
+    assert {row["method"] for row in read_csv(tmp_path / "one.csv")} == {"idea (width 128)"}
     assert "authors, mw | 5 |" in out and "| not reached, 1 of 2 |" in out  # the median of 20 and later
     make_run(tmp_path / "again", 0, {"reach": [1.0, 1.0]}, tasks=["reach", "push"])
     with pytest.raises(harness.UsageError, match="both seed 0 of idea on reach"):
