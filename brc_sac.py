@@ -840,8 +840,7 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
         run.check_finite(metrics, env_step)
         if size == 1:  # other ranks are in the midst of a step
             save()
-        raise harness.RunError(f"{error}\nStopped at step {env_step:,}, saved at {run.saved_step}. To go on: "
-                               f"{run.go_on}") from None
+        raise harness.RunError(f"{error}\nStopped at step {env_step:,}. To go on: {run.go_on}") from None
     finally:
         run.close()
         envs.close()
