@@ -51,10 +51,10 @@ def exit_on_error(function: Callable, *args: Any) -> Any:
         raise SystemExit(1 if isinstance(error, RuntimeError) else 2) from None
     except (RuntimeError, MemoryError, OSError) as error:
         text = f"{type(error).__name__}: {error}".splitlines()[0]
-        refusals = "MemoryError", "OutOfMemoryError", "DefaultCPUAllocator", "No space left"
-        if not any(refusal in text for refusal in refusals):
+        if not any(refusal in text for refusal in ("MemoryError", "DefaultCPUAllocator", "No space left")):
             raise
-        print(f"{PROGRAM.name}: Out of space: {text}. Try a smaller network, batch or --buffer-size.", file=sys.stderr)
+        what = "disk space" if isinstance(error, OSError) else "memory"
+        print(f"{PROGRAM.name}: Out of {what}: {text}. Try a smaller network, batch or --buffer-size.", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None

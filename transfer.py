@@ -219,7 +219,7 @@ def learner_args(pretrained: Pretrained, exp_name: str, task: str, folder: Path)
                for name, value in vars(args).items() if hasattr(old, name)} | dict(
         suite=Agent.suite, tasks=(task,), resume=None, run_dir=str(folder), exp_name=exp_name,
         replay_device=str(pretrained.prior.device) if args.uses_replay else args.replay_device)
-    changes |= {} if most else {"final_eval_episodes": args.eval_episodes, "compile": args.compile & old.compile}
+    changes |= {} if most else {"final_eval_episodes": args.eval_episodes, "compile": args.compile and old.compile}
     changes |= {"goals": None} if most and not hasattr(suites.benchmark(task), "GOALS") else {}
     if args.method == "embedding":  # of zero-shot and select there is nothing to learn
         changes |= dict(total_steps=args.cost + first + 1, learning_starts=max(first, args.spent), compile=False,

@@ -314,6 +314,7 @@ def evaluate(args: Args, panel: str, name: str, method: Method, tasks: Sequence[
     if len(budgets) > 1:
         print(f"{name} on {panel}: no shares of a budget, as its tasks have from {budgets[0]:,} to {budgets[-1]:,} "
               "steps: give --budget, or --tasks of one suite.", file=sys.stderr)
+    reached = {} if args.threshold is None else {"reached": first_reached(curves, args.threshold)}
     for share in args.at:
         step = round(share * budgets[0])
         row = {"task": panel, "method": name, "seeds": len(values), "at": share}
@@ -321,9 +322,7 @@ def evaluate(args: Args, panel: str, name: str, method: Method, tasks: Sequence[
             last = np.searchsorted(steps, step, "right") - 1
             row |= {"env_step": steps[last], "value": mean[last], "low": low[last], "high": high[last]}
         row |= {"mean": average[0], "mean_low": average_low[0], "mean_high": average_high[0]}
-        if args.threshold is not None:
-            row["reached"] = first_reached(curves, args.threshold)
-        rows.append(row)
+        rows.append(row | reached)
     return Result(steps, method.x_of(steps, args.x, len(tasks)), mean, low, high, rows)
 
 
