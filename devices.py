@@ -52,7 +52,8 @@ def processor() -> str:
     if cpuinfo.exists():
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
-    return f"{model}, {num_cores()} cores"
+    cores = num_cores()
+    return f"{model}, {cores} core{'s' * (cores > 1)}"
 
 
 def environment(name: str) -> dict[str, Any]:
