@@ -870,6 +870,8 @@ def restore(state: dict, agent: Agent, normalizer: ReturnNormalizer, buffer: Rep
 
 def evaluate_run(args: Args) -> list[dict]:
     """--evaluate: prints the table of tasks for a run's last checkpoint, with or without its replay."""
+    if devices.join()[1] > 1:
+        raise UsageError("--evaluate takes one process: start it with python, and not with torchrun.")
     saved, run_dir = harness.read_checkpoint(Path(args.evaluate)), Path(args.evaluate)
     args = dataclasses.replace(args, compile=False)
     threads = args.threads or (None if "OMP_NUM_THREADS" in os.environ else 1)  # acting is too little work for more

@@ -138,6 +138,7 @@ def test_a_signal_to_one_rank_stops_all_and_they_go_on_together(sac):
     (run_dir / "rank1/checkpoint.pt").unlink()  # then both take the one before
     assert ranks.run(f"--resume {run_dir}") == [0, 0], second.err
     assert json.loads((run_dir / "args.json").read_text())["resumed"][-1]["env_step"] == 40
+    assert ranks.run(f"--evaluate {run_dir}") == [2, 2] and "--evaluate takes one process" in second.err
     rows = [row.rsplit(",", 1)[0] for row in (run_dir / "metrics.csv").read_text().splitlines()[1:]]
     metrics, evaluations = ("return", "success", "score"), (20, 40, 60, 80)
     assert len(rows) == len(set(rows)) == len(metrics) * len(evaluations) * 3
