@@ -693,7 +693,7 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
 
     Raises UsageError or SuiteError, before anything is created, and RunError for a run that cannot go on.
     """
-    if devices.join()[1] > 1:
+    if devices.ranks()[1] > 1:
         raise UsageError("The games are played by one process: start it with python, and not with torchrun.")
     num_tasks, device = len(args.tasks), devices.choose_device(args.device)
     run = harness.Run(args, start.arguments, **start.facts)
@@ -818,7 +818,7 @@ def restore(state: dict, agent: Agent, normalizer: ReturnNormalizer, buffer: Rep
 
 def evaluate_run(args: Args) -> list[dict]:
     """--evaluate: prints the table of tasks for a run's last checkpoint, with or without its replay."""
-    if devices.join()[1] > 1:
+    if devices.ranks()[1] > 1:
         raise UsageError("--evaluate takes one process: start it with python, and not with torchrun.")
     saved, run_dir = harness.read_checkpoint(Path(args.evaluate)), Path(args.evaluate)
     args = dataclasses.replace(args, compile=False)

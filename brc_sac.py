@@ -729,13 +729,14 @@ def train(args: Args, start: Start = Start()) -> list[dict]:
 
     Raises UsageError or SuiteError, before anything is created, and RunError for a run that cannot go on.
     """
-    rank, size = devices.join()  # of torchrun; 0 and 1 without
+    rank, size = devices.ranks()  # of torchrun; 0 and 1 without
     num_tasks, tasks, rows = len(args.tasks), args.tasks[rank::size], range(rank, len(args.tasks), size)
     if size > num_tasks:
         raise UsageError(f"torchrun has started {size} processes for {num_tasks} tasks: give it at most one per task.")
     replay_device = devices.choose_device(args.replay_device or args.device)
     device = devices.choose_device(args.device)
     run = harness.Run(args, start.arguments, **start.facts)
+    devices.join()
     more = {"workers": args.workers, "pad_to": start.pad_to, "goals": args.goals, "rows": rows,
             "agree": devices.largest}
     envs = VectorEnv(tasks, args.seed, **more)
@@ -870,7 +871,7 @@ def restore(state: dict, agent: Agent, normalizer: ReturnNormalizer, buffer: Rep
 
 def evaluate_run(args: Args) -> list[dict]:
     """--evaluate: prints the table of tasks for a run's last checkpoint, with or without its replay."""
-    if devices.join()[1] > 1:
+    if devices.ranks()[1] > 1:
         raise UsageError("--evaluate takes one process: start it with python, and not with torchrun.")
     saved, run_dir = harness.read_checkpoint(Path(args.evaluate)), Path(args.evaluate)
     args = dataclasses.replace(args, compile=False)

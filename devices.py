@@ -196,20 +196,24 @@ def as_cuda_graph(update: Callable[[], dict]) -> Callable[[], dict]:
 # Several processes train one agent, each with its share of the tasks. Without torchrun there is one rank, with all.
 
 
-def join() -> tuple[int, int]:
-    """This process's rank and the number of ranks; all but rank 0 print no more."""
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+def ranks() -> tuple[int, int]:
+    """This process's rank and the number of ranks. What they refuse they refuse by this, before they meet."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join() -> None:
+    """Meets the other ranks; all but rank 0 print no more. Once one has ended, the others cannot meet either."""
+    rank, size = ranks()
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         atexit.register(dist.destroy_process_group)
         if rank:
             sys.stdout = open(os.devnull, "w")
-    return rank, size
 
 
 def share(batch_size: int, num_tasks: int) -> int:
     """This rank's part of a batch, in proportion to its tasks, of which rank r has r, r + size, r + 2 size ..."""
-    rank, size = join()
+    rank, size = ranks()
     before, up_to = (sum(len(range(other, num_tasks, size)) for other in range(stop)) for stop in (rank, rank + 1))
     return round(batch_size * up_to / num_tasks) - round(batch_size * before / num_tasks)
 

@@ -178,7 +178,7 @@ class Run:
         Under torchrun all ranks but the first have directories of their own in it, log nothing, and agree on a step.
         """
         import devices
-        self.rank, size = devices.join()
+        self.rank, size = devices.ranks()
         self.dir, self.lock = (self.dir, None) if self.rank else claim(self.dir, self.args)
         self.root = Path(devices.gather(str(self.dir))[0])
         if self.rank:

@@ -185,7 +185,7 @@ def step_as_in_data(action_repeat: int) -> None:
 
 def train(args: Args) -> list[dict]:
     """Trains as `args` say; returns the last evaluation's means, one dict per task. Raises as brc_sac.train does."""
-    if devices.join()[1] > 1:
+    if devices.ranks()[1] > 1:
         raise UsageError("offline.py trains in one process: start it without torchrun.")
     sources = [tdmpc2.Dataset(path, args.tasks, args.max_transitions) if tdmpc2.chunks(path) else
                RunReplay(path, args.tasks, args.last) for path in map(Path, args.data)]

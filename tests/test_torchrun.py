@@ -138,7 +138,7 @@ def test_a_signal_to_one_rank_stops_all_and_they_go_on_together(sac):
     (run_dir / "rank1/checkpoint.pt").unlink()  # then both take the one before
     assert ranks.run(f"--resume {run_dir}") == [0, 0], second.err
     assert json.loads((run_dir / "args.json").read_text())["resumed"][-1]["env_step"] == 40
-    assert ranks.run(f"--evaluate {run_dir}") == [2, 2] and "--evaluate takes one process" in second.err
+    assert ranks.run(f"--evaluate {run_dir}", cannot_meet) == [2, 2] and "--evaluate takes one process" in second.err
     rows = [row.rsplit(",", 1)[0] for row in (run_dir / "metrics.csv").read_text().splitlines()[1:]]
     metrics, evaluations = ("return", "success", "score"), (20, 40, 60, 80)
     assert len(rows) == len(set(rows)) == len(metrics) * len(evaluations) * 3
@@ -171,11 +171,24 @@ def test_the_death_of_a_rank_ends_the_other(sac):
     assert checkpoint(sac.folder / "run")["env_step"] == 40
 
 
+def cannot_meet(rank: int) -> None:
+    """What is refused is refused without the other ranks, of which one may have ended before the rest have met it."""
+    devices.join = None
+
+
 def test_more_processes_than_tasks_are_refused(sac):
     ranks = Ranks(sac, 3)
-    assert ranks.run(f"{SMALL['brc_sac']} --run-dir {sac.folder / 'run'}") == [2, 2, 2]
+    assert ranks.run(f"{SMALL['brc_sac']} --run-dir {sac.folder / 'run'}", cannot_meet) == [2, 2, 2]
     assert "torchrun has started 3 processes for 2 tasks" in "".join(rank.err for rank in ranks.programs)
     assert not (sac.folder / "run").exists()
+
+
+def test_a_directory_that_is_taken_is_refused_by_all(sac):
+    run_dir, ranks = sac.folder / "run", Ranks(sac, 2)
+    run_dir.mkdir()
+    (run_dir / "notes.txt").write_text("mine")
+    assert ranks.run(f"{SMALL['brc_sac']} --run-dir {run_dir}", cannot_meet) == [2, 2]
+    assert "already holds files" in ranks.programs[1].err and len(list(run_dir.iterdir())) == 1
 
 
 def processes(run_dir: Path) -> list[int]:
