@@ -1,12 +1,13 @@
 """What a run's tasks do to each other: the paper's diagnostics (Figures 3, 5 and 7) from its checkpoints.
 
     python benchmarks/diagnose.py runs/<run>                                        from its last checkpoint
-    python benchmarks/diagnose.py runs/<run> --follow                               from every one, while it trains
+    python benchmarks/diagnose.py runs/<run> --follow                               and the later ones, while it trains
     python benchmarks/report.py runs/* --metric conflict_share --out conflicts.png  the curves, as of any metric
 
 Works for runs of brc_sac.py, of a copy of it and of ablations/ that keep their replay; a run saves a checkpoint before
-each evaluation. Draws a batch per task from the replay and writes, in metrics.csv's columns and beside the rows of
-other steps, for every task and as mean, std and, where there are several, relative_std = std / mean of tasks
+each evaluation, and one that the next replaces before it is read is missed. Draws a batch per task from the replay and
+writes, in metrics.csv's columns and beside the rows of other steps, for every task and as mean, std and, where there
+are several, relative_std = std / mean of tasks
     td_loss          the critics' loss, as the run's own script defines it
     gradient_norm    L2, of that loss's gradient for all critic parameters, the task embedding included
     entropy          of the policy, from one action per state
@@ -292,6 +293,7 @@ def main(args: Args | None = None) -> list[tuple]:
     """The program; returns the last step's rows of diagnostics.csv."""
     args = args or tyro.cli(Args, description=__doc__.split("\n\n")[0])
     harness.check_range(args, 1, float("inf"), "batch_per_task")
+    harness.check_range(args, 0, float("inf"), "gradient_gb")
     harness.check_range(args, 0, 2**63 - 1, "seed")
     read_facts(args.run_dir)  # what cannot be diagnosed is not waited for
     if not args.follow:

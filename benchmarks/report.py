@@ -69,7 +69,8 @@ class Args:
     mean_only: bool = False
     """Only the mean over the tasks that all methods ran, in place of a panel per task as well."""
     x: Literal["steps", "updates"] = "steps"
-    """The x axis: environment steps of a task, or gradient updates of all networks that the tasks need."""
+    """The x axis: environment steps of a task, or gradient updates of all networks that the tasks need, counted from
+    --learning-starts on (transfer.py's pretrained agents begin no earlier than their first episode ends)."""
     at: tuple[float, ...] = (1.0,)
     """Shares of the budget to give scores at, in the table."""
     budget: int | None = None
@@ -126,15 +127,31 @@ class Method:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a metrics.csv, packed or not. Raises UsageError."""
+    """The rows of a metrics.csv, packed or not, without a last one that was cut short. Raises UsageError."""
+    rows: list[dict] = []
+    cut = False
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", newline="") as file:
-            return [{"exp_name": row["exp_name"], "env_name": row["env_name"], "seed": int(row["seed"]),
-                     "metric": row["metric"], "env_step": int(row["env_step"]), "value": float(row["value"])}
-                    for row in csv.DictReader(file) if row["env_name"] != "mean"]
-    except (OSError, EOFError, LookupError, TypeError, ValueError, csv.Error) as error:
-        raise UsageError(f"{path} cannot be read ({type(error).__name__}: {error}): give run directories or their "
-                         "metrics.csv.") from None
+            lines = file.readlines()
+        reader = csv.DictReader(lines)
+        for row in reader:
+            cut = reader.line_num == len(lines) and not lines[-1].endswith("\n")
+            rows.append({"exp_name": row["exp_name"], "env_name": row["env_name"], "seed": int(row["seed"] or ""),
+                         "metric": row["metric"], "env_step": int(row["env_step"] or ""),
+                         "value": float(row["value"] or "")})
+            if not 0 <= rows[-1]["env_step"] < 2**63:
+                raise ValueError(f"a step of {row['env_step']}")
+    except (OSError, EOFError, LookupError, ValueError, csv.Error) as error:
+        if not (cut and isinstance(error, ValueError)):
+            raise UsageError(f"{path} cannot be read (row {len(rows) + 1}: {error}): give run directories or their "
+                             "metrics.csv, as a run has written it.") from None
+    if cut:
+        print(f"{path} ends in the middle of a line, which was cut short and may be wrong: {lines[-1]}", file=sys.stderr)
+    rows = [row for row in rows if row["env_name"] != "mean"]
+    if wrong := [row for row in rows if not math.isfinite(row["value"])]:
+        print(f"{path} has {len(wrong)} values that are not finite, the first of {wrong[0]['env_name']} at step "
+              f"{wrong[0]['env_step']:,}; what they are part of is not finite either.", file=sys.stderr)
+    return rows
 
 
 def read_facts(path: Path) -> dict[str, Any]:
@@ -143,8 +160,10 @@ def read_facts(path: Path) -> dict[str, Any]:
         path = path.parent
     try:
         facts = json.loads((path.parent / "args.json").read_text())
-        needed = ("tasks", "total_steps", "learning_starts", "updates_per_step")
-        return {name: facts[name] for name in needed} | facts
+        for name in ("tasks", "total_steps", "learning_starts", "updates_per_step"):
+            if not isinstance(facts[name], list if name == "tasks" else int):
+                raise ValueError(f"{name}: {facts[name]}")
+        return facts
     except FileNotFoundError:
         return {}
     except (OSError, LookupError, TypeError, ValueError) as error:
@@ -154,13 +173,15 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 def settings_of(facts: dict[str, Any]) -> dict[str, str]:
     """The arguments among a run's `facts` that make up the method."""
-    facts = facts | {name: Path(facts[name]).name for name in ("program", "agent") if facts.get(name)}
+    facts = facts | {name: Path(str(facts[name])).name for name in ("program", "agent") if facts.get(name)}
     for name, value in list(facts.items()):
         if isinstance(value, dict):  # transfer.py's own arguments
             more = facts.pop(name)
             facts |= {f"{name}.{inner}": of_inner for inner, of_inner in more.items() if inner not in facts}
     if "tasks" in facts:
-        facts["tasks"] = "one each" if len(facts["tasks"]) == 1 else ",".join(facts["tasks"])
+        if not any(map(suites.metaworld.owns, facts["tasks"])):
+            facts["goals"] = None  # "fresh", but there are none to freeze
+        facts["tasks"] = "one each" if len(facts["tasks"]) == 1 else ",".join(map(str, facts["tasks"]))
     return {name: str(value) for name, value in facts.items()
             if value is not None and not {name.split(".")[0], name.split(".")[-1]} & FREE}
 
@@ -185,7 +206,8 @@ def read_methods(paths: Sequence[Path], metric: str) -> dict[str, Method]:
     for name, of_name in runs.items():
         settings = [settings_of(facts) for *_, facts in of_name]
         known = [of_run for of_run in settings if of_run]
-        differs = [key for key in sorted(set().union(*known)) if len({of_run.get(key) for of_run in known}) > 1]
+        differs = [key for key in sorted(set().union(*known))
+                   if len({of_run.get(key) for of_run in known if key in of_run or key != "goals"}) > 1]
         for (file, rows, facts), of_run in zip(of_name, settings, strict=True):
             suffix = ", ".join(f"{key} {of_run.get(key, 'unset')}" for key in differs)
             if known and not of_run:
@@ -195,7 +217,8 @@ def read_methods(paths: Sequence[Path], metric: str) -> dict[str, Method]:
             if facts:
                 for task in {row["env_name"] for row in rows}:
                     method.total_steps[task] = max(facts["total_steps"], method.total_steps.get(task, 0))
-                method.learning_starts, method.updates_per_step = facts["learning_starts"], facts["updates_per_step"]
+                method.learning_starts = 0 if "updates" in facts else facts["learning_starts"]  # offline.py's are updates
+                method.updates_per_step = facts["updates_per_step"]
                 method.single = len(facts["tasks"]) == 1
     if methods and without:
         print(f"Without any evaluation of '{metric}', and left out: {', '.join(map(str, without))}", file=sys.stderr)
@@ -226,11 +249,16 @@ def read_official(names: Sequence[str], metric: str) -> dict[str, Method]:
     return methods
 
 
+def is_table(path: Path) -> bool:
+    """Whether a file is a table of --csv."""
+    with open(path, errors="replace") as file:
+        return file.readline().startswith("task,method,")
+
+
 def is_map(path: Path) -> bool:
     """Whether a CSV file is an embedding_map.csv, and neither a metrics.csv nor a table of --csv."""
     with open(path, errors="replace") as file:
-        header = file.readline()
-    return header.startswith("task,") and not header.startswith("task,method,")
+        return file.readline().startswith("task,") and not is_table(path)
 
 
 def read_map(path: Path) -> tuple[list[str], list[str], list[list[float]]]:
@@ -291,6 +319,7 @@ class Result(NamedTuple):
     """A method in a panel."""
 
     steps: list[int]
+    averaged: list[int]  # steps of the mean of all evaluations
     x: np.ndarray
     mean: np.ndarray  # [steps]
     low: np.ndarray
@@ -308,8 +337,9 @@ def evaluate(args: Args, panel: str, name: str, method: Method, tasks: Sequence[
     mean, (low, high) = interval(strata, args.reps)
     if cut := left_out(curves, len(steps), len(values)):
         print(f"{name} on {panel}: only {cut}.", file=sys.stderr)
-    within = max(1, np.searchsorted(steps, args.budget or steps[-1], "right"))
-    average, (average_low, average_high) = interval(strata[..., :within].mean(-1, keepdims=True), args.reps)
+    within = np.searchsorted(steps, args.budget or steps[-1], "right")
+    if within:
+        average, (average_low, average_high) = interval(strata[..., :within].mean(-1, keepdims=True), args.reps)
     budgets, rows = sorted({args.budget or method.total_steps.get(task, steps[-1]) for task in tasks}), []
     if len(budgets) > 1:
         print(f"{name} on {panel}: no shares of a budget, as its tasks have from {budgets[0]:,} to {budgets[-1]:,} "
@@ -321,9 +351,10 @@ def evaluate(args: Args, panel: str, name: str, method: Method, tasks: Sequence[
         if len(budgets) == 1 and steps[0] <= step <= steps[-1]:
             last = np.searchsorted(steps, step, "right") - 1
             row |= {"env_step": steps[last], "value": mean[last], "low": low[last], "high": high[last]}
-        row |= {"mean": average[0], "mean_low": average_low[0], "mean_high": average_high[0]}
+        if within:
+            row |= {"mean": average[0], "mean_low": average_low[0], "mean_high": average_high[0]}
         rows.append(row | reached)
-    return Result(steps, method.x_of(steps, args.x, len(tasks)), mean, low, high, rows)
+    return Result(steps, steps[:within], method.x_of(steps, args.x, len(tasks)), mean, low, high, rows)
 
 
 def panels(args: Args, methods: dict[str, Method]) -> dict[str, list[str]]:
@@ -337,9 +368,25 @@ def panels(args: Args, methods: dict[str, Method]) -> dict[str, list[str]]:
     shared = [task for task in tasks if all(task in method.curves for method in methods.values())]
     if args.mean_only and not shared:
         raise UsageError("No task is in all of these methods, so there is no mean to compare: leave --mean-only out.")
+    if len(shared) < 2 <= len(tasks) and not args.mean_only:
+        print(f"No mean over tasks, as all methods have {' and '.join(shared) or 'none'} in common.", file=sys.stderr)
     mean = {f"mean of {len(shared)} tasks": shared} if len(shared) > 1 or args.mean_only else {}
     spread = {} if args.tasks else {f"{name} of tasks": [name] for name in SPREAD if name in known}
     return ({} if args.mean_only else {task: [task] for task in tasks}) | mean | spread
+
+
+def say_what_differs(methods: dict[str, Method], results: dict[str, dict[str, Result]]) -> None:
+    """Names the methods that are in no panel, and means of all evaluations that are not of the same ones."""
+    drawn = {name for of_panel in results.values() for name in of_panel}
+    if absent := [name for name in methods if name not in drawn]:
+        print(f"Not drawn, having none of these tasks: {', '.join(absent)}.", file=sys.stderr)
+    for panel, of_panel in results.items():
+        spans = {name: result.averaged for name, result in of_panel.items() if result.averaged}
+        if any(steps != next(iter(spans.values())) for steps in spans.values()):
+            spans = [f"{name}: {len(steps)} from {steps[0]:,} to {steps[-1]:,}" for name, steps in spans.items()]
+            print(f"The means of all evaluations are not of the same steps, as on {panel} ({'; '.join(spans)}).",
+                  file=sys.stderr)
+            return
 
 
 # ---------------------------------------------------------------------------------------------------------- output
@@ -376,8 +423,9 @@ def draw(args: Args, results: dict[str, dict[str, Result]], methods: dict[str, M
         ax.grid(alpha=0.3)
     for ax in axes.flat[len(results):]:
         ax.set_axis_off()
-    for ax in axes[-1]:
-        ax.set_xlabel({"steps": "environment steps", "updates": "gradient updates"}[args.x])
+    for column in range(columns):
+        axes[(len(results) - 1 - column) // columns, column].set_xlabel({
+            "steps": "environment steps", "updates": "gradient updates"}[args.x])
     for ax in axes[:, 0]:
         ax.set_ylabel(args.metric)
     handles = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels())}
@@ -447,12 +495,17 @@ def table(args: Args, rows: list[list[dict]]) -> str:
               "mean of all evaluations"]
     header += [f"steps to {args.threshold:g}: median, seeds"] if args.threshold is not None else []
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+
+    def between(value: float, low: float, high: float, seeds: int) -> str:
+        return f"{value:.3f} [{low:.3f}, {high:.3f}]" if seeds > 1 else f"{value:.3f}"
+
     for shares in rows:
         first = shares[0]
         cells = [first["task"], first["method"].replace("|", r"\|"), str(first["seeds"])]
-        cells += ["{value:.3f} [{low:.3f}, {high:.3f}] ({env_step:,})".format(**row) if "value" in row else ""
-                  for row in shares]
-        cells.append("{mean:.3f} [{mean_low:.3f}, {mean_high:.3f}]".format(**first))
+        cells += [f"{between(row['value'], row['low'], row['high'], row['seeds'])} ({row['env_step']:,})"
+                  if "value" in row else "" for row in shares]
+        cells.append(between(first["mean"], first["mean_low"], first["mean_high"], first["seeds"])
+                     if "mean" in first else "")
         if "reached" in first:
             times = [step if there else math.inf for step, there in first["reached"]]
             median = statistics.median(times)
@@ -487,6 +540,10 @@ def check(args: Args) -> None:
     for path in filter(None, (args.out, args.csv)):
         if os.path.isdir(path) or not os.access(path.parent, os.W_OK):
             raise UsageError(f"{path} cannot be written: give a file in a folder that exists and is yours.")
+    if args.csv and args.csv.is_file() and not is_table(args.csv):
+        raise UsageError(f"--csv {args.csv} is there, and no table of this script: give another name to write to.")
+    if args.csv and args.csv.resolve() == args.out.resolve():
+        raise UsageError(f"--csv and --out are both {args.out}: give two names.")
     if args.out.suffix not in (".png", ".pdf", ".svg"):
         raise UsageError(f"--out is {args.out}: give a name that ends in .png, .pdf or .svg.")
 
@@ -502,10 +559,6 @@ def main(args: Args | None = None) -> None:
     if not args.runs and not args.official:
         raise UsageError("Nothing to draw: give run directories, --official, or both.")
     methods = read_methods(args.runs, args.metric) | read_official(args.official, args.metric)
-    read = {file.resolve() for method in methods.values() for file in method.files.values()}
-    for path in filter(None, (args.out, args.csv)):
-        if path.resolve() in read:
-            raise UsageError(f"{path} is a file of these runs: give another name to write to.")
     for flag in ("methods", "single"):
         for name in getattr(args, flag) or ():
             if name not in methods:
@@ -518,6 +571,7 @@ def main(args: Args | None = None) -> None:
         here = {name: evaluate(args, panel, name, method, tasks) for name, method in methods.items()
                 if all(task in method.curves for task in tasks)}
         results[panel] = {name: result for name, result in here.items() if result}
+    say_what_differs(methods, results)
     rows = [result.rows for of_panel in results.values() for result in of_panel.values()]
     if not rows:
         raise UsageError("No method has a step that all of its seeds share: give runs that have been evaluated alike.")

@@ -160,12 +160,15 @@ def test_runs_with_and_without_arguments_stand_apart(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "text", "message"), [
-    ("metrics.csv", "exp_name,env_name,seed,metric,env_step,value\nidea,reach,0,score,30", "cannot be read"),
-    ("metrics.csv", "exp_name,env_name,seed,metric,env_step,value\nidea,reach,0,score,30,abc", "cannot be read"),
+    ("metrics.csv", "exp_name,env_name,seed,metric,env_step,value\nidea,reach,0,score,30\n", "row 1"),
+    ("metrics.csv", "exp_name,env_name,seed,metric,env_step,value\nidea,reach,0,score,30,abc\n", "cannot be read"),
+    ("metrics.csv", f"exp_name,env_name,seed,metric,env_step,value\nidea,reach,0,score,{10**25},1\n", "a step of 1000"),
     ("metrics.csv", "exp_name,env_name,seed,env_step,value\nidea,reach,0,30,1", "cannot be read"),
     ("metrics.csv", "exp_name,env_name,seed,metric,env_step,value" + 2 * "\nidea,reach,0,score,30,1", "has two values"),
     ("args.json", "{", "not that of a run"), ("args.json", "[]", "not that of a run"),
-    ("args.json", "{}", "not that of a run"), ("table.csv", "task,method,seeds\nreach,idea,1", "cannot be read"),
+    ("args.json", "{}", "not that of a run"),
+    ("args.json", '{"tasks": ["reach"], "total_steps": null}', "not that of a run .*total_steps: None"),
+    ("table.csv", "task,method,seeds\nreach,idea,1", "cannot be read"),
     ("map.csv", "task,reach,push\n", "no complete embedding_map.csv"),
     ("map.csv", "task,reach,push\nsweep,0.5", "no complete embedding_map.csv")])
 def test_damaged_files_are_refused_in_a_sentence(tmp_path, name, text, message):
@@ -177,13 +180,52 @@ def test_damaged_files_are_refused_in_a_sentence(tmp_path, name, text, message):
     assert not (tmp_path / "out.png").exists()
 
 
+@pytest.mark.parametrize("cut", ["idea,pu", "idea,push,0,score,20,", "idea,push,0,score,20,-"])
+def test_a_line_that_was_cut_short_is_left_out_and_named(tmp_path, capsys, cut):
+    make_run(tmp_path / "run", 0, {"reach": [0.0, 0.5], "push": [0.1, 0.5]})
+    metrics = tmp_path / "run" / "metrics.csv"
+    metrics.write_text(metrics.read_text().removesuffix("idea,push,0,score,20,0.5\n") + cut)
+    curves = report.read_methods([tmp_path], "score")["idea"].curves
+    assert curves == {"reach": {0: {10: 0.0, 20: 0.5}}, "push": {0: {10: 0.1}}}
+    assert f"cut short and may be wrong: {cut}" in capsys.readouterr().err
+
+
+def test_what_cannot_be_compared_is_said(tmp_path, capsys):
+    make_run(tmp_path / "0", 0, {"reach": [0.0, float("nan")], "push": [0.1, 0.5]})
+    make_run(tmp_path / "1", 0, {"walker-run": [0.5]}, exp_name="other")
+    (tmp_path / "1" / "metrics.csv").write_text((tmp_path / "1" / "metrics.csv").read_text().replace("idea", "other"))
+    args = report.Args((tmp_path,), ("mw",), out=tmp_path / "x.png", csv=tmp_path / "x.csv", budget=15)
+    report.main(args)
+    error = capsys.readouterr().err
+    assert "1 values that are not finite, the first of reach at step 20" in error
+    assert "No mean over tasks, as all methods have none in common." in error
+    assert "not of the same steps" not in error  # the authors' first evaluation is behind the budget
+    assert {row["mean"] for row in read_csv(tmp_path / "x.csv") if "authors" in row["method"]} == {""}
+    report.main(dataclasses.replace(args, tasks=("reach", "push"), budget=None))
+    error = capsys.readouterr().err
+    assert "Not drawn, having none of these tasks: other." in error
+    assert "as on reach (idea: 2 from 10 to 20; authors, mw: 20 from 25,000 to 500,000)." in error
+
+
+def test_tasks_without_goals_join_those_with_frozen_ones(tmp_path):
+    make_run(tmp_path / "0", 0, {"reach": [0.0, 0.5]}, goals="frozen")
+    make_run(tmp_path / "1", 0, {"cartpole-balance": [0.0, 0.5]}, goals="fresh")  # as brc_sac.py says of such a task
+    assert set(report.read_methods([tmp_path], "score")) == {"idea"}
+    make_run(tmp_path / "2", 0, {"push": [0.0, 0.5]}, goals="fresh")
+    assert set(report.read_methods([tmp_path / "0", tmp_path / "2"], "score")) == {
+        "idea (goals frozen)", "idea (goals fresh)"}
+
+
 def test_what_is_read_is_not_written_over(tmp_path):
     make_run(tmp_path / "run", 0, {"reach": [0.0, 0.5]})
     metrics = tmp_path / "run" / "metrics.csv"
     before = metrics.read_text()
-    with pytest.raises(harness.UsageError, match="is a file of these runs"):
-        report.main(report.Args((metrics,), csv=tmp_path / "run" / ".." / "run" / "metrics.csv"))
+    for name in ("metrics.csv", "args.json"):
+        with pytest.raises(harness.UsageError, match="is there, and no table of this script"):
+            report.main(report.Args((metrics,), csv=tmp_path / "run" / ".." / "run" / name))
     assert metrics.read_text() == before
+    with pytest.raises(harness.UsageError, match="are both"):
+        report.main(report.Args((metrics,), out=tmp_path / "x.svg", csv=tmp_path / "x.svg"))
     (tmp_path / "map.csv").write_text("task,reach\nsweep,0.5\n")
     with pytest.raises(harness.UsageError, match="give it alone"):
         report.main(report.Args((tmp_path / "map.csv", metrics), out=tmp_path / "x.png"))
@@ -205,6 +247,11 @@ def test_updates_count_every_network_of_single_task_runs():
     steps = [5, 25]
     assert report.Method(learning_starts=5).x_of(steps, "updates", 3).tolist() == [0, 40]
     assert report.Method(learning_starts=5, single=True).x_of(steps, "updates", 3).tolist() == [0, 120]
+
+
+def test_offline_runs_count_updates_themselves(tmp_path):
+    make_run(tmp_path / "run", 0, {"reach": [0.0, 0.5]}, learning_starts=1, updates_per_step=1, updates=40)
+    assert report.read_methods([tmp_path], "score")["idea"].x_of([40], "updates", 1).tolist() == [40]
 
 
 @pytest.mark.parametrize(("command", "message"), [
