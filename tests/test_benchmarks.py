@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 import harness
-from benchmarks import report, throughput
-from conftest import ROOT, read_csv
+import suites
+from benchmarks import report, throughput, trained_goals
+from conftest import ROOT, Pendulum, read_csv
 
 CPU, PEAKS = torch.device("cpu"), throughput.Peaks(1e12, 1e10)
 
@@ -265,3 +266,29 @@ def test_what_cannot_be_measured_is_refused_in_a_sentence(tmp_path, command, mes
     process = subprocess.run(["bash" if script.endswith(".sh") else sys.executable, f"benchmarks/{script}", *arguments],
                              cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert process.returncode == 2 and message in process.stderr and process.stderr.count("\n") == 1
+
+
+def test_an_agent_is_evaluated_on_the_goals_it_was_trained_with(sac, tmp_path, monkeypatch):
+    made = []
+
+    def make(task, seed, render_mode=None, goals="fresh"):
+        made.append((task, seed, goals))
+        env = Pendulum()
+        env.step = lambda action: (*Pendulum.step(env, action)[:4], {"success": float(seed < 42)})
+        return env
+
+    monkeypatch.setattr(suites, "make", make)
+    args = sac.args(goals="frozen", seed=3, total_steps=20)
+    sac.module.train(args)
+    in_training, made[:] = set(made), []
+    trained_goals.main(trained_goals.Args((Path(args.run_dir),), out=tmp_path / "x.csv"))
+    assert set(made) == in_training and {goals for *_, goals in made} == {"frozen"}
+    rows = {(row["exp_name"], row["env_name"]): row for row in read_csv(tmp_path / "x.csv") if row["metric"] == "success"}
+    assert {key: (row["seed"], row["env_step"], row["value"]) for key, row in rows.items()} == {
+        (f"test, {goals} goals", task): ("3", "20", value)
+        for goals, value in (("trained", "1"), ("tested", "0")) for task in ("reach", "drawer-close")}
+    with pytest.raises(harness.UsageError, match="a file that is not there"):
+        trained_goals.main(trained_goals.Args((Path(args.run_dir),), out=tmp_path / "x.csv"))
+    sac.module.train(sac.args(run_dir=str(tmp_path / "fresh"), total_steps=20))
+    with pytest.raises(harness.UsageError, match="fresh is no run of brc_sac.py in one process with --goals frozen"):
+        trained_goals.main(trained_goals.Args((tmp_path / "fresh",), out=tmp_path / "y.csv"))
