@@ -49,7 +49,7 @@ class Args:
     """Also from every later checkpoint that is found, until that of the run's last step, or until a minute after the
     run was stopped."""
     batch_per_task: int = 32
-    """Transitions per task, as in the release. Another batch of 32 gives other conflicts; with 1024 they repeat."""
+    """Transitions per task, as in the release. Conflicts vary with the batch, of 1024 far less."""
     out: Path | None = None
     """Where to write diagnostics.csv and embedding.png; default <run_dir>/diagnostics."""
     seed: int = 0

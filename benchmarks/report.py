@@ -127,9 +127,9 @@ class Method:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a metrics.csv, packed or not, without a last one that was cut short. Raises UsageError."""
+    """The rows of a metrics.csv, packed or not; of a last one that was cut short what can be read. Raises UsageError."""
     rows: list[dict] = []
-    cut = False
+    cut, fate = False, "is used, though its value may be cut short too"
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", newline="") as file:
             lines = file.readlines()
@@ -145,13 +145,10 @@ def read_rows(path: Path) -> list[dict]:
         if not (cut and isinstance(error, ValueError)):
             raise UsageError(f"{path} cannot be read (row {len(rows) + 1}: {error}): give run directories or their "
                              "metrics.csv, as a run has written it.") from None
+        fate = "is left out"
     if cut:
-        print(f"{path} ends in the middle of a line, which was cut short and may be wrong: {lines[-1]}", file=sys.stderr)
-    rows = [row for row in rows if row["env_name"] != "mean"]
-    if wrong := [row for row in rows if not math.isfinite(row["value"])]:
-        print(f"{path} has {len(wrong)} values that are not finite, the first of {wrong[0]['env_name']} at step "
-              f"{wrong[0]['env_step']:,}; what they are part of is not finite either.", file=sys.stderr)
-    return rows
+        print(f"{path} ends within a line, which {fate}: {lines[-1]}", file=sys.stderr)
+    return [row for row in rows if row["env_name"] != "mean"]
 
 
 def read_facts(path: Path) -> dict[str, Any]:
@@ -199,6 +196,9 @@ def read_methods(paths: Sequence[Path], metric: str) -> dict[str, Method]:
     for file in files.values():
         rows = [row for row in read_rows(file) if row["metric"] == metric]
         without += [] if rows else [file]
+        if wrong := [row for row in rows if not math.isfinite(row["value"])]:
+            print(f"{file} is not finite on {wrong[0]['env_name']} at step {wrong[0]['env_step']:,}, and {len(wrong) - 1} "
+                  "times more; nor are the means that these are in.", file=sys.stderr)
         for name in dict.fromkeys(row["exp_name"] for row in rows):
             of_name = [row for row in rows if row["exp_name"] == name]
             runs.setdefault(name, []).append((file, of_name, read_facts(file)))
@@ -338,7 +338,9 @@ def evaluate(args: Args, panel: str, name: str, method: Method, tasks: Sequence[
     if cut := left_out(curves, len(steps), len(values)):
         print(f"{name} on {panel}: only {cut}.", file=sys.stderr)
     within = np.searchsorted(steps, args.budget or steps[-1], "right")
-    if within:
+    if not within:
+        print(f"{name} on {panel}: no evaluation by step {args.budget:,}, and so no mean.", file=sys.stderr)
+    else:
         average, (average_low, average_high) = interval(strata[..., :within].mean(-1, keepdims=True), args.reps)
     budgets, rows = sorted({args.budget or method.total_steps.get(task, steps[-1]) for task in tasks}), []
     if len(budgets) > 1:
@@ -375,11 +377,8 @@ def panels(args: Args, methods: dict[str, Method]) -> dict[str, list[str]]:
     return ({} if args.mean_only else {task: [task] for task in tasks}) | mean | spread
 
 
-def say_what_differs(methods: dict[str, Method], results: dict[str, dict[str, Result]]) -> None:
-    """Names the methods that are in no panel, and means of all evaluations that are not of the same ones."""
-    drawn = {name for of_panel in results.values() for name in of_panel}
-    if absent := [name for name in methods if name not in drawn]:
-        print(f"Not drawn, having none of these tasks: {', '.join(absent)}.", file=sys.stderr)
+def say_what_differs(results: dict[str, dict[str, Result]]) -> None:
+    """Names means of all evaluations that are not of the same ones."""
     for panel, of_panel in results.items():
         spans = {name: result.averaged for name, result in of_panel.items() if result.averaged}
         if any(steps != next(iter(spans.values())) for steps in spans.values()):
@@ -540,7 +539,7 @@ def check(args: Args) -> None:
     for path in filter(None, (args.out, args.csv)):
         if os.path.isdir(path) or not os.access(path.parent, os.W_OK):
             raise UsageError(f"{path} cannot be written: give a file in a folder that exists and is yours.")
-    if args.csv and args.csv.is_file() and not is_table(args.csv):
+    if args.csv and args.csv.is_file() and args.csv.stat().st_size and not is_table(args.csv):
         raise UsageError(f"--csv {args.csv} is there, and no table of this script: give another name to write to.")
     if args.csv and args.csv.resolve() == args.out.resolve():
         raise UsageError(f"--csv and --out are both {args.out}: give two names.")
@@ -567,11 +566,15 @@ def main(args: Args | None = None) -> None:
         methods[name].single = True
     methods = {name: methods[name] for name in args.methods or methods}
     results: dict[str, dict[str, Result]] = {}
-    for panel, tasks in panels(args, methods).items():
+    tasks_of = panels(args, methods)
+    if absent := [name for name, method in methods.items()
+                  if not any(set(tasks) <= set(method.curves) for tasks in tasks_of.values())]:
+        print(f"Not drawn, having none of these tasks: {', '.join(absent)}.", file=sys.stderr)
+    for panel, tasks in tasks_of.items():
         here = {name: evaluate(args, panel, name, method, tasks) for name, method in methods.items()
                 if all(task in method.curves for task in tasks)}
         results[panel] = {name: result for name, result in here.items() if result}
-    say_what_differs(methods, results)
+    say_what_differs(results)
     rows = [result.rows for of_panel in results.values() for result in of_panel.values()]
     if not rows:
         raise UsageError("No method has a step that all of its seeds share: give runs that have been evaluated alike.")

@@ -14,6 +14,7 @@ import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -30,16 +31,21 @@ class Args:
     """Where to write the evaluations."""
 
 
-def evaluations(run_dir: Path) -> list[tuple]:
-    """Rows of metrics.csv, of every task on both goals. Raises UsageError."""
-    import torch
-
+def read_args(run_dir: Path) -> Any:
+    """The arguments of a run with frozen goals. Raises UsageError."""
     import brc_sac
     args, facts = harness.read_args(run_dir, brc_sac.Args)
     if Path(facts["program"]).name != "brc_sac.py" or facts.get("goals") != "frozen" or facts["ranks"] > 1:
         raise UsageError(f"{run_dir} is no run of brc_sac.py in one process with --goals frozen: give those.")
+    return dataclasses.replace(args, compile=False)
+
+
+def evaluations(run_dir: Path, args: Any) -> list[tuple]:
+    """Rows of metrics.csv, of every task on both goals. Raises UsageError."""
+    import torch
+
+    import brc_sac
     saved = harness.read_checkpoint(run_dir)
-    args = dataclasses.replace(args, compile=False)
     agent = brc_sac.Agent(args, *saved["agent"]["sizes"], torch.device("cpu"))
     agent.load_state_dict(saved["agent"])
     rows = []
@@ -60,7 +66,8 @@ def main(args: Args | None = None) -> None:
         raise UsageError("No run was given: give run directories with --goals frozen.")
     if args.out.exists() or not os.access(args.out.parent, os.W_OK):
         raise UsageError(f"--out is {args.out}: give a file that is not there, in a folder that is.")
-    rows = [row for run_dir in args.runs for row in evaluations(run_dir)]
+    of_runs = {run_dir: read_args(run_dir) for run_dir in args.runs}
+    rows = [row for run_dir, run_args in of_runs.items() for row in evaluations(run_dir, run_args)]
     with open(args.out, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("exp_name", "env_name", "seed", "metric", "env_step", "value"))

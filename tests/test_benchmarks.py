@@ -188,7 +188,10 @@ def test_a_line_that_was_cut_short_is_left_out_and_named(tmp_path, capsys, cut):
     metrics.write_text(metrics.read_text().removesuffix("idea,push,0,score,20,0.5\n") + cut)
     curves = report.read_methods([tmp_path], "score")["idea"].curves
     assert curves == {"reach": {0: {10: 0.0, 20: 0.5}}, "push": {0: {10: 0.1}}}
-    assert f"cut short and may be wrong: {cut}" in capsys.readouterr().err
+    assert f"ends within a line, which is left out: {cut}" in capsys.readouterr().err
+    metrics.write_text(metrics.read_text().removesuffix(cut) + "idea,push,0,score,20,0.5")
+    assert report.read_methods([tmp_path], "score")["idea"].curves["push"] == {0: {10: 0.1, 20: 0.5}}
+    assert "ends within a line, which is used, though" in capsys.readouterr().err
 
 
 def test_what_cannot_be_compared_is_said(tmp_path, capsys):
@@ -198,10 +201,11 @@ def test_what_cannot_be_compared_is_said(tmp_path, capsys):
     args = report.Args((tmp_path,), ("mw",), out=tmp_path / "x.png", csv=tmp_path / "x.csv", budget=15)
     report.main(args)
     error = capsys.readouterr().err
-    assert "1 values that are not finite, the first of reach at step 20" in error
+    assert "is not finite on reach at step 20, and 0 times more" in error
     assert "No mean over tasks, as all methods have none in common." in error
     assert "not of the same steps" not in error  # the authors' first evaluation is behind the budget
     assert {row["mean"] for row in read_csv(tmp_path / "x.csv") if "authors" in row["method"]} == {""}
+    assert "authors, mw on reach: no evaluation by step 15, and so no mean." in error
     report.main(dataclasses.replace(args, tasks=("reach", "push"), budget=None))
     error = capsys.readouterr().err
     assert "Not drawn, having none of these tasks: other." in error
