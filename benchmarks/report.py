@@ -338,10 +338,12 @@ def evaluate(args: Args, panel: str, name: str, method: Method, tasks: Sequence[
     if cut := left_out(curves, len(steps), len(values)):
         print(f"{name} on {panel}: only {cut}.", file=sys.stderr)
     within = np.searchsorted(steps, args.budget or steps[-1], "right")
-    if not within:
-        print(f"{name} on {panel}: no evaluation by step {args.budget:,}, and so no mean.", file=sys.stderr)
-    else:
+    overall = {}
+    if within:
         average, (average_low, average_high) = interval(strata[..., :within].mean(-1, keepdims=True), args.reps)
+        overall = {"mean": average[0], "mean_low": average_low[0], "mean_high": average_high[0]}
+    else:
+        print(f"{name} on {panel}: no evaluation by step {args.budget:,}, and so no mean.", file=sys.stderr)
     budgets, rows = sorted({args.budget or method.total_steps.get(task, steps[-1]) for task in tasks}), []
     if len(budgets) > 1:
         print(f"{name} on {panel}: no shares of a budget, as its tasks have from {budgets[0]:,} to {budgets[-1]:,} "
@@ -353,9 +355,7 @@ def evaluate(args: Args, panel: str, name: str, method: Method, tasks: Sequence[
         if len(budgets) == 1 and steps[0] <= step <= steps[-1]:
             last = np.searchsorted(steps, step, "right") - 1
             row |= {"env_step": steps[last], "value": mean[last], "low": low[last], "high": high[last]}
-        if within:
-            row |= {"mean": average[0], "mean_low": average_low[0], "mean_high": average_high[0]}
-        rows.append(row | reached)
+        rows.append(row | overall | reached)
     return Result(steps, steps[:within], method.x_of(steps, args.x, len(tasks)), mean, low, high, rows)
 
 
@@ -558,6 +558,8 @@ def main(args: Args | None = None) -> None:
     if not args.runs and not args.official:
         raise UsageError("Nothing to draw: give run directories, --official, or both.")
     methods = read_methods(args.runs, args.metric) | read_official(args.official, args.metric)
+    if args.out.resolve() in {file.resolve() for method in methods.values() for file in method.files.values()}:
+        raise UsageError(f"{args.out} is a file of these runs: give another name to write to.")
     for flag in ("methods", "single"):
         for name in getattr(args, flag) or ():
             if name not in methods:
@@ -567,12 +569,12 @@ def main(args: Args | None = None) -> None:
     methods = {name: methods[name] for name in args.methods or methods}
     results: dict[str, dict[str, Result]] = {}
     tasks_of = panels(args, methods)
-    if absent := [name for name, method in methods.items()
-                  if not any(set(tasks) <= set(method.curves) for tasks in tasks_of.values())]:
+    names_of = {panel: [name for name, method in methods.items() if all(task in method.curves for task in tasks)]
+                for panel, tasks in tasks_of.items()}
+    if absent := [name for name in methods if not any(name in names for names in names_of.values())]:
         print(f"Not drawn, having none of these tasks: {', '.join(absent)}.", file=sys.stderr)
-    for panel, tasks in tasks_of.items():
-        here = {name: evaluate(args, panel, name, method, tasks) for name, method in methods.items()
-                if all(task in method.curves for task in tasks)}
+    for panel, names in names_of.items():
+        here = {name: evaluate(args, panel, name, methods[name], tasks_of[panel]) for name in names}
         results[panel] = {name: result for name, result in here.items() if result}
     say_what_differs(results)
     rows = [result.rows for of_panel in results.values() for result in of_panel.values()]

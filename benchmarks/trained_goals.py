@@ -4,13 +4,12 @@
 
 Evaluates the last checkpoint of each run, without noise, on the goals that it was trained with and on those of its
 evaluations, one episode a task, as with frozen goals all are the same. Writes metrics.csv's columns, with the goals
-behind exp_name, and prints the mean success of each.
+behind exp_name, and prints the mean score of each.
 """
 
 import csv
 import dataclasses
 import os
-import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,10 @@ from typing import Any
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import devices  # noqa: E402
 import harness  # noqa: E402
+import suites  # noqa: E402
+from benchmarks import report  # noqa: E402
 from harness import UsageError  # noqa: E402
 
 
@@ -42,11 +44,9 @@ def read_args(run_dir: Path) -> Any:
 
 def evaluations(run_dir: Path, args: Any) -> list[tuple]:
     """Rows of metrics.csv, of every task on both goals. Raises UsageError."""
-    import torch
-
     import brc_sac
     saved = harness.read_checkpoint(run_dir)
-    agent = brc_sac.Agent(args, *saved["agent"]["sizes"], torch.device("cpu"))
+    agent = brc_sac.Agent(args, *saved["agent"]["sizes"], devices.choose_device("cpu", threads=1))
     agent.load_state_dict(saved["agent"])
     rows = []
     for goals, seed in (("trained", args.seed), ("tested", args.seed + 42)):  # of the environments, as in train
@@ -55,7 +55,7 @@ def evaluations(run_dir: Path, args: Any) -> list[tuple]:
         envs.close()
         rows += [(f"{args.exp_name}, {goals} goals", task, args.seed, metric, saved["env_step"], value)
                  for task, result in zip(args.tasks, results, strict=True) for metric, value in result.items()]
-        mean = statistics.mean(result["score"] for result in results)
+        mean = suites.mean_result(results)["score"]
         print(f"{run_dir} at step {saved['env_step']:,}: score {mean:.2f} on {goals} goals", flush=True)
     return rows
 
@@ -68,7 +68,7 @@ def main(args: Args | None = None) -> None:
         raise UsageError(f"--out is {args.out}: give a file that is not there, in a folder that is.")
     of_runs = {run_dir: read_args(run_dir) for run_dir in args.runs}
     rows = [row for run_dir, run_args in of_runs.items() for row in evaluations(run_dir, run_args)]
-    with open(args.out, "w", newline="") as file:
+    with report.writing(args.out), open(args.out, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("exp_name", "env_name", "seed", "metric", "env_step", "value"))
         writer.writerows(row[:-1] + (f"{row[-1]:.6g}",) for row in rows)

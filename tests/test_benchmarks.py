@@ -231,6 +231,11 @@ def test_what_is_read_is_not_written_over(tmp_path):
     assert metrics.read_text() == before
     with pytest.raises(harness.UsageError, match="are both"):
         report.main(report.Args((metrics,), out=tmp_path / "x.svg", csv=tmp_path / "x.svg"))
+    named_as_a_figure = tmp_path / "metrics.svg"
+    named_as_a_figure.write_text(before)
+    with pytest.raises(harness.UsageError, match="is a file of these runs"):
+        report.main(report.Args((named_as_a_figure,), out=tmp_path / "run" / ".." / "metrics.svg"))
+    assert named_as_a_figure.read_text() == before
     (tmp_path / "map.csv").write_text("task,reach\nsweep,0.5\n")
     with pytest.raises(harness.UsageError, match="give it alone"):
         report.main(report.Args((tmp_path / "map.csv", metrics), out=tmp_path / "x.png"))
